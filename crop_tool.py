@@ -239,9 +239,7 @@ def smart_resize(width: int, height: int, factor: int, max_pixels: int) -> tuple
     new_width, new_height = (max(factor, round(side / factor) * factor) for side in (width, height))
     if new_width * new_height > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
-        new_width, new_height = (
-            max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height)
-        )
+        new_width, new_height = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
     return new_width, new_height
 
 
@@ -259,7 +257,9 @@ def shown_crop_size(width: int, height: int, contract: CropContract) -> tuple[in
 
 def _fit(width: int, height: int, scale: float, contract: CropContract) -> tuple[int, int]:
     sides = max(1, round(width * scale)), max(1, round(height * scale))
-    return smart_resize(*sides, contract.factor, contract.max_pixels)
+    fitted = smart_resize(*sides, contract.factor, contract.max_pixels)
+    # Rounding can lengthen a strip beyond what the processor, which looks at it again, accepts.
+    return min(fitted[0], MAX_ASPECT_RATIO * fitted[1]), min(fitted[1], MAX_ASPECT_RATIO * fitted[0])
 
 
 def image_token_count(width: int, height: int, contract: CropContract) -> int:

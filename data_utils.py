@@ -1,0 +1,379 @@
+"""JSONL rows -> checked examples -> batches for SFT; the data check.
+
+python data_utils.py --check data/train.jsonl --image_base_path data/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import DataConfig, SettingsError, convert, own_fields
+from conversation import (
+    EncodedExample,
+    Example,
+    Renderer,
+    cut_to_length,
+    load_image,
+    model_inputs,
+    refuse_reserved,
+)
+from crop_tool import Box, CropContract, resolve_box, shown_image_size
+from response_format import parse_response
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+MAX_LINE_BYTES = 32 * 1024 * 1024
+
+
+# -------------------------------------------------------------------------------------------- data check
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One QnA entry of a file after the check; `fault` is "" where there is none."""
+
+    line: int
+    entry: int
+    image_path: str
+    question: str
+    response: str
+    calls: int
+    length: int
+    fault: str
+
+    @property
+    def example(self) -> Example:
+        return Example(self.line, self.entry, self.image_path, self.question, self.response)
+
+
+@dataclass
+class Checker:
+    """Holds every rule that a data row must keep; training and `--check` both go through it."""
+
+    data: DataConfig
+    contract: CropContract
+    renderer: Renderer | None = None  # None: token lengths are estimated from the text's length
+
+    def rows(self, ranges: Iterable[tuple[int, int, int]]) -> Iterator[Checked]:
+        """The checked entries of the file's byte ranges `(start, end, first line number)`."""
+        for start, end, line in ranges:
+            with open(self.data.train_data, "rb") as file:
+                file.seek(start)
+                while file.tell() < end:
+                    raw = file.readline()
+                    if raw.strip():
+                        yield from self.row(line, raw)
+                    line += 1
+
+    def row(self, line: int, raw: bytes) -> Iterator[Checked]:
+        try:
+            path, entries = self._parse(raw)
+        except ValueError as error:
+            yield Checked(line, 0, "", "", "", 0, 0, str(error))
+            return
+        try:
+            size = self._image_size(path)
+        except ValueError as error:
+            yield Checked(line, 0, path, "", "", 0, 0, str(error))
+            return
+        for number, entry in enumerate(entries):
+            yield self._entry(line, number, path, entry, size)
+
+    def _parse(self, raw: bytes) -> tuple[str, list[Any]]:
+        if len(raw) > MAX_LINE_BYTES:
+            raise ValueError(f"bad JSON: the line is {len(raw):,} bytes long (at most {MAX_LINE_BYTES:,})")
+        try:
+            row = json.loads(raw.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"bad JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"bad JSON: a row must be an object, this is {type(row).__name__}")
+        for key, kind in (("image_path", str), ("QnA", list)):
+            if not isinstance(row.get(key), kind) or not row[key]:
+                raise ValueError(f"missing key {key!r}: it must be a non-empty {kind.__name__}")
+        return row["image_path"], row["QnA"]
+
+    def _image_size(self, path: str) -> tuple[int, int]:
+        """(width, height) of the image as it is used, after decoding all of it."""
+        size = load_image(path, self.data.image_base_path).size
+        shown_image_size(*size, self.contract)  # raises for a strip that no grid can hold
+        return size
+
+    def _entry(self, line: int, number: int, path: str, entry: Any, size: tuple[int, int]) -> Checked:
+        empty = Checked(line, number, path, "", "", 0, 0, "")
+        if not isinstance(entry, dict):
+            return replace(empty, fault=f"missing key 'Q': a QnA entry must be an object, this is {entry!r:.40}")
+        for key in ("Q", self.data.answer_key):
+            if not isinstance(entry.get(key), str) or not entry[key].strip():
+                return replace(empty, fault=f"missing key {key!r}: it must be non-empty text")
+        checked = replace(empty, question=entry["Q"], response=entry[self.data.answer_key])
+        try:
+            calls = self._check_text(checked.example, size)
+            length = self._length(checked.example, size)
+        except ValueError as error:
+            return replace(checked, fault=str(error))
+        checked = replace(checked, calls=calls, length=length)
+        if length > self.data.max_length and self.data.overlong == "skip":
+            return replace(checked, fault=f"too long: {length} tokens, max_length is {self.data.max_length}")
+        return checked
+
+    def _check_text(self, example: Example, size: tuple[int, int]) -> int:
+        refuse_reserved(example.question, "the question")
+        refuse_reserved(example.response, "the answer")
+        boxes = example.boxes
+        for tag in ("think", "answer"):
+            if example.response.count(f"<{tag}>") != 1 or example.response.count(f"</{tag}>") != 1:
+                raise ValueError(f"missing tags: the answer needs one <{tag}>…</{tag}>")
+        if not parse_response(example.response, ()).is_well_formed:
+            raise ValueError("missing tags: the answer must be <think>…</think> and then <answer>…</answer>")
+        for box in boxes:
+            self._check_box(box, size)
+        return len(boxes)
+
+    def _check_box(self, box: Box, size: tuple[int, int]) -> None:
+        numbers = "[" + ", ".join(f"{value:g}" for value in box.as_list()) + "]"
+        outcome, region = resolve_box(box, size, self.contract.min_crop_side)
+        reasons = {
+            "inverted": f"inverted box {numbers}: x2 must be over x1, and y2 over y1",
+            "outside": f"outside box {numbers}: the image is {size[0]} x {size[1]}",
+            "extreme_ratio": f"extreme box {numbers}: one side is over 200 times the other",
+        }
+        if region is None:
+            raise ValueError(reasons[outcome])
+        if min(box.width, box.height) < self.data.min_box_side:
+            raise ValueError(
+                f"tiny box {numbers}: {box.width:g} x {box.height:g} px, min_box_side is {self.data.min_box_side}"
+            )
+
+    def _length(self, example: Example, size: tuple[int, int]) -> int:
+        if self.renderer is not None:
+            return self.renderer.length(example, size)
+        return Renderer.length(_TextEstimate(self.contract), example, size)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _TextEstimate:
+    """Stands in for a tokenizer where there is none: about four characters a token."""
+
+    contract: CropContract
+
+    def text_ids(self, text: str) -> range:
+        return range(math.ceil(len(text) / 4))
+
+
+def byte_ranges(path: str, parts: int) -> list[tuple[int, int, int]]:
+    """Cut a file at line ends into about `parts` ranges `(start, end, number of the first line)`."""
+    size = os.path.getsize(path)
+    ranges, start, line, seen = [], 0, 1, 1
+    with open(path, "rb") as file:
+        while start < size:
+            goal = start + math.ceil(size / parts)
+            while file.tell() < min(goal, size):
+                file.readline()
+                seen += 1
+            ranges.append((start, file.tell(), line))
+            start, line = file.tell(), seen
+    return ranges
+
+
+def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | None = None) -> Dataset:
+    """Every QnA entry of `data.train_data`, checked, as a memory-mapped table with the columns of `Checked`.
+
+    The table is kept on disk and used again while the file, the images' folder and the settings are the same.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    path = data.train_data
+    about = os.stat(path)
+    vocabulary = renderer.tokenizer.backend_tokenizer.to_str() if renderer is not None else None
+    fingerprint = Hasher.hash(
+        [os.path.abspath(path), about.st_size, about.st_mtime_ns, repr(data), repr(contract), vocabulary]
+    )
+    if os.path.getsize(path) == 0:
+        raise SettingsError(f"{path} is empty")
+    features = {"line": "int64", "entry": "int32", "calls": "int32", "length": "int32"}
+    features |= dict.fromkeys(("image_path", "question", "response", "fault"), "string")
+    return datasets.Dataset.from_generator(
+        _generate,
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
+        gen_kwargs={"ranges": byte_ranges(path, data.num_proc), "checker": Checker(data, contract, renderer)},
+        num_proc=data.num_proc if data.num_proc > 1 else None,
+        fingerprint=fingerprint,
+    )
+
+
+def _generate(ranges: list[tuple[int, int, int]], checker: Checker) -> Iterator[dict[str, Any]]:
+    for checked in checker.rows(ranges):
+        yield dict(vars(checked))
+
+
+def load_examples(path: str, data: DataConfig, renderer: Renderer, bad_rows_file: str) -> Dataset:
+    """The sound examples of a file; faulty ones are counted, named by line and written to `bad_rows_file`.
+
+    Raises:
+        SettingsError: where no example is sound.
+    """
+    table = check_file(replace(data, train_data=path), renderer.contract, renderer)
+    faults = [row for row in table.select_columns(["line", "entry", "fault"]) if row["fault"]]
+    sound = table
+    if faults:
+        sound = table.select([index for index, fault in enumerate(table["fault"]) if not fault])
+        write_bad_rows(path, {row["line"] for row in faults}, bad_rows_file)
+        print(f"{path}: {len(faults)} of {len(table)} entries are faulty and skipped; rows in {bad_rows_file}")
+        print("\n".join(describe_faults(faults, most=10)))
+    if len(sound) == 0:
+        raise SettingsError(f"{path} has no sound example: run data_utils.py --check {path} to see why")
+    print(f"{path}: {len(sound)} examples")
+    return sound
+
+
+def describe_faults(faults: list[dict[str, Any]], most: int) -> list[str]:
+    lines = [f"  line {row['line']}, QnA[{row['entry']}]: {row['fault']}" for row in faults[:most]]
+    return lines + ([f"  … and {len(faults) - most} more"] if len(faults) > most else [])
+
+
+def write_bad_rows(path: str, lines: set[int], output: str) -> None:
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "rb") as source, open(output, "wb") as target:
+        for number, raw in enumerate(source, start=1):
+            if number in lines:
+                target.write(raw if raw.endswith(b"\n") else raw + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------- collator
+
+
+@dataclass
+class ExampleEncoder:
+    """Example -> EncodedExample, keeping the prepared ones in memory up to `cache_bytes`."""
+
+    renderer: Renderer
+    data: DataConfig
+    cache_bytes: int = 256 * 1024 * 1024
+    _kept: OrderedDict[tuple[str, int, int], EncodedExample] = field(default_factory=OrderedDict)
+    _size: int = 0
+
+    def __call__(self, example: Example) -> EncodedExample:
+        key = (example.image_path, example.line, example.entry)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        encoded = self.renderer.encode(example, load_image(example.image_path, self.data.image_base_path))
+        encoded = cut_to_length(encoded, self.renderer, self.data.max_length)
+        self._kept[key] = encoded
+        self._size += _bytes(encoded)
+        while self._size > self.cache_bytes:
+            self._size -= _bytes(self._kept.popitem(last=False)[1])
+        return encoded
+
+
+def _bytes(encoded: EncodedExample) -> int:
+    pixels = sum(image.width * image.height * 3 for image in encoded.images)
+    return pixels + 16 * len(encoded.input_ids)
+
+
+@dataclass
+class SFTCollator:
+    """Rows of the examples' table -> model inputs."""
+
+    encoder: ExampleEncoder
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return model_inputs([self.encoder(as_example(row)) for row in rows], self.encoder.renderer)
+
+
+def as_example(row: dict[str, Any]) -> Example:
+    return Example(row["line"], row["entry"], row["image_path"], row["question"], row["response"])
+
+
+# ----------------------------------------------------------------------------------------------- command
+
+
+def report(table: Dataset, estimated: bool) -> str:
+    """The check's figures as text."""
+    columns = {name: list(table[name]) for name in ("line", "calls", "length", "fault")}
+    sound = [index for index, fault in enumerate(columns["fault"]) if not fault]
+    calls = [columns["calls"][index] for index in sound]
+    lengths = sorted(columns["length"][index] for index in sound)
+    lines = [
+        f"rows          {len(set(columns['line'])):>8}",
+        f"entries       {len(table):>8}   sound {len(sound)}, faulty {len(table) - len(sound)}",
+        f"calls         {sum(calls):>8}",
+    ]
+    if sound:
+        shares = ", ".join(f"{n}: {calls.count(n)}" for n in sorted(set(calls)))
+        lines.append(f"crops a row   {statistics.mean(calls):>8.2f}   ({shares})")
+        at = {share: lengths[min(len(lengths) - 1, int(share * len(lengths)))] for share in (0.5, 0.95)}
+        note = "   (text estimated; give --model_name for exact figures)" if estimated else ""
+        lines.append(f"token lengths {at[0.5]:>8}   median, {at[0.95]} 95th percentile, {lengths[-1]} longest{note}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Check a training file: every row, call, box and image. Exits 1 where anything is faulty.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", required=True, metavar="FILE", help="JSONL file to check")
+    parser.add_argument("--model_name", metavar="", help="model whose tokenizer counts the text tokens")
+    for item in (
+        "image_base_path",
+        "answer_key",
+        "max_length",
+        "min_box_side",
+        "num_proc",
+        "coordinate_space",
+    ):
+        parser.add_argument(f"--{item}", metavar="", default=argparse.SUPPRESS, help=_help(item))
+    parser.add_argument("--bad_rows_file", metavar="", help="where faulty rows are written [FILE.bad_rows.jsonl]")
+    options = vars(parser.parse_args(argv))
+    path, model_name, bad_rows = (options.pop(name) for name in ("check", "model_name", "bad_rows_file"))
+    hints = own_fields(DataConfig)
+    try:
+        data = DataConfig(train_data=path, **{k: convert(k, v, hints[k]) for k, v in options.items()})
+        if not Path(path).is_file():
+            raise SettingsError(f"{path}: there is no such file")
+        return run_check(data, model_name, bad_rows or f"{path}.bad_rows.jsonl")
+    except SettingsError as error:
+        parser.exit(2, f"data_utils.py: {error}\n")
+
+
+def _help(name: str) -> str:
+    item = DataConfig.__dataclass_fields__[name]
+    return item.metadata["help"] + (f" [{item.default}]" if item.default is not None else "")
+
+
+def run_check(data: DataConfig, model_name: str | None, bad_rows: str) -> int:
+    """Print the check of `data.train_data`; 1 where a row is faulty, else 0."""
+    renderer, contract = None, CropContract(**data.contract_settings())
+    if model_name is not None:
+        from model_utils import load_processor
+
+        processor, contract = load_processor(model_name, data.contract_settings())
+        renderer = Renderer(processor, contract)
+    table = check_file(data, contract, renderer)
+    print(report(table, estimated=renderer is None))
+    faults = [row for row in table.select_columns(["line", "entry", "fault"]) if row["fault"]]
+    if not faults:
+        print("no faults")
+        return 0
+    write_bad_rows(data.train_data, {row["line"] for row in faults}, bad_rows)
+    print(f"\n{len(faults)} faults; their rows are in {bad_rows}")
+    print("\n".join(describe_faults(faults, most=len(faults))))
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

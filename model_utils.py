@@ -1,0 +1,273 @@
+"""One door for every stage: load processor and model, LoRA, save, merge.
+
+python model_utils.py --merge outputs/grpo/final_model --output outputs/merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
+from crop_tool import CALL_CLOSE, CALL_OPEN, CropContract
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, Qwen2_5_VLProcessor
+
+log = logging.getLogger(__name__)
+
+LORA_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_VISION_LAYERS = r"(qkv|proj|gate_proj|up_proj|down_proj|mlp\.[02])"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it. `model` is a PeftModel where an adapter is trained or loaded."""
+
+    model: PreTrainedModel
+    processor: Qwen2_5_VLProcessor
+    contract: CropContract
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return Path(folder, "adapter_config.json").is_file()
+
+
+def base_model_of(folder: str | Path) -> str:
+    """The model that an adapter folder was trained on."""
+    return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def load_contract(path: str, given: dict[str, Any], factor: int) -> CropContract:
+    """The contract saved with the model at `path`, or a new one from the settings given.
+
+    Raises:
+        ValueError: for a given setting that contradicts the saved contract.
+    """
+    saved = CropContract.load(path)
+    if saved is not None:
+        return saved.with_settings(given, source=path)
+    return CropContract(**given, factor=factor)
+
+
+def load_processor(path: str, given: dict[str, Any] | None = None) -> tuple[Qwen2_5_VLProcessor, CropContract]:
+    """Processor and contract of a model (hub name, folder of full weights, or folder of an adapter)."""
+    from transformers import AutoProcessor
+
+    _require_exists(path)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    images = processor.image_processor
+    factor = images.patch_size * images.merge_size
+    contract = load_contract(path, given or {}, factor)
+    # We bring every image to its final size; the processor's own limits must let it pass as it is. Qwen's
+    # smallest size (56 x 56) would enlarge small crops.
+    images.size = {"shortest_edge": factor**2, "longest_edge": max(contract.max_pixels, factor**2)}
+    processor.tokenizer.padding_side = "left"
+    return processor, contract
+
+
+def _require_exists(path: str) -> None:
+    looks_local = path.startswith((".", "/")) or path.count("/") != 1 or Path(path.split("/")[0]).is_dir()
+    if looks_local and not Path(path).is_dir():
+        raise SettingsError(f"there is no model at {path}: give a folder with weights or a hub name (owner/name)")
+
+
+def add_tool_tokens(model: PreTrainedModel, processor: Qwen2_5_VLProcessor, use_lora: bool) -> None:
+    """Qwen2.5's vocabulary has the two tool tokens; a tokenizer without them gets them, with new embeddings."""
+    tokenizer = processor.tokenizer
+    missing = [token for token in (CALL_OPEN, CALL_CLOSE) if token not in tokenizer.get_vocab()]
+    if not missing:
+        return
+    if use_lora:
+        raise SettingsError(
+            f"the tokenizer of this model lacks {missing}. Their new embeddings need training, which an adapter "
+            "does not do: train full weights (leave --use_lora out), or start from Qwen2.5-VL."
+        )
+    tokenizer.add_tokens(missing)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    log.warning("added %s to the vocabulary: the embeddings now have %d rows", missing, len(tokenizer))
+
+
+# -------------------------------------------------------------------------------------------------- load
+
+
+def resolve_attention(choice: str) -> str:
+    """`auto`: flash-attn where it is installed and a GPU is there, else torch's own sdpa."""
+    import torch
+
+    if choice != "auto":
+        return choice
+    usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if usable else "sdpa"
+
+
+def load_weights(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    _require_exists(path)
+    settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    chosen = resolve_attention(attention)
+    try:
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+    except ImportError as error:
+        if attention != "auto" or chosen == "sdpa":
+            raise
+        log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+
+
+def training_dtype(model: ModelConfig, stage: StageConfig, on_adapter: bool) -> torch.dtype:
+    """Frozen weights may be half precision; trained ones stay float32, or small updates would round away."""
+    import torch
+
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    if on_adapter and (stage.bf16 or stage.fp16):
+        return torch.bfloat16 if stage.bf16 else torch.float16
+    return torch.float32
+
+
+def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageConfig, start: str) -> LoadedModel:
+    """The model that a stage trains, from `start`: a hub name, full weights, or an adapter to train on.
+
+    An adapter is trained on as an adapter, whatever `use_lora` says; merge it first to train full weights.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import set_seed
+
+    set_seed(stage.seed)  # a new adapter starts from random weights
+    processor, contract = load_processor(start, data.contract_settings())
+    on_adapter = is_adapter(start)
+    base = base_model_of(start) if on_adapter else start
+    dtype = training_dtype(model_config, stage, on_adapter or stage.use_lora)
+    model = load_weights(base, dtype, model_config.attn_implementation)
+    add_tool_tokens(model, processor, on_adapter or stage.use_lora)
+    if on_adapter:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    elif stage.use_lora:
+        model = get_peft_model(model, lora_config(LoraConfig, model_config, stage))
+    elif model_config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return LoadedModel(model, processor, contract)
+
+
+def lora_config(lora: type, model_config: ModelConfig, stage: StageConfig) -> Any:
+    targets = rf".*language_model\..*\.{LORA_LAYERS}"
+    if not model_config.freeze_vision:
+        targets = rf"({targets}|.*visual\..*{LORA_VISION_LAYERS})"
+    return lora(
+        r=stage.lora_r,
+        lora_alpha=stage.alpha,
+        lora_dropout=stage.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_for_inference(config: InferenceConfig) -> LoadedModel:
+    """A trained model, ready to answer; an adapter is merged into its base, which makes decoding faster."""
+    import torch
+    from peft import PeftModel
+
+    processor, contract = load_processor(config.model_path)
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    else:
+        dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    on_adapter = is_adapter(config.model_path)
+    base = base_model_of(config.model_path) if on_adapter else config.model_path
+    model = load_weights(base, dtype, config.attn_implementation)
+    if on_adapter:
+        model = PeftModel.from_pretrained(model, config.model_path).merge_and_unload()
+    return LoadedModel(model.to(device).eval(), processor, contract)
+
+
+# -------------------------------------------------------------------------------------------------- save
+
+
+def write_folder(folder: str | Path, fill: Callable[[str], None]) -> None:
+    """Let `fill` write into a folder beside `folder`, then put it in place: it is whole, or it is not there."""
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    fill(str(aside))
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(aside, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(aside, folder)
+
+
+def save_companions(
+    folder: str | Path,
+    processor: Qwen2_5_VLProcessor,
+    contract: CropContract,
+    settings: TrainingSettings | None,
+) -> None:
+    """What a checkpoint needs beside its weights: processor files, crop contract, resolved settings."""
+    processor.save_pretrained(folder)
+    contract.save(folder)
+    if settings is not None:
+        settings.save(folder)
+
+
+def save_final_model(trainer: Any, loaded: LoadedModel, settings: TrainingSettings, folder: str | Path) -> None:
+    """Save a trainer's model on every process; the main one adds the companions and puts it in place."""
+    aside = Path(folder).with_name(f".{Path(folder).name}.weights")
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        # TRL keeps the SFT adapter beside the trained one as the reference; it is no part of the result.
+        shutil.rmtree(aside / "ref", ignore_errors=True)
+
+        def fill(target: str) -> None:
+            shutil.copytree(aside, target, dirs_exist_ok=True)
+            save_companions(target, loaded.processor, loaded.contract, settings)
+
+        write_folder(folder, fill)
+        shutil.rmtree(aside)
+    trainer.accelerator.wait_for_everyone()
+
+
+def merge_adapter(adapter: str, output: str) -> None:
+    """Write full weights: the adapter merged into its base, with processor files and crop contract."""
+    if not is_adapter(adapter):
+        raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
+    loaded = load_for_inference(replace(InferenceConfig(), model_path=adapter, device="cpu"))
+
+    def fill(target: str) -> None:
+        loaded.model.save_pretrained(target)
+        save_companions(target, loaded.processor, loaded.contract, None)
+
+    write_folder(output, fill)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into full weights.")
+    parser.add_argument("--merge", required=True, metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the full weights are written")
+    options = parser.parse_args()
+    try:
+        merge_adapter(options.merge, options.output)
+    except SettingsError as error:
+        parser.exit(2, f"model_utils.py: {error}\n")
+    print(f"merged {options.merge} into {options.output}")
+
+
+if __name__ == "__main__":
+    main()
