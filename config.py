@@ -303,25 +303,35 @@ def read_json(path: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ flags
 
 
+def placeholder(hint: Any) -> str:
+    """The word that stands for a value in `--help`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(typing.get_args(hint)) + "}"
+    return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
+
+
 def add_flags(parser: argparse.ArgumentParser, config: type, title: str) -> None:
-    """One flag per setting; a flag that is not given stays absent, so nothing has to be compared to a default."""
+    """One flag a setting; a flag that is not given stays absent, so nothing is compared to a default."""
     group = parser.add_argument_group(title, (config.__doc__ or "").split("\n")[0])
-    hints = own_fields(config)
+    hints, known = own_fields(config), parser._option_string_actions
     for item in fields(config):
-        if item.name == "trl" or f"--{item.name}" in parser._option_string_actions:
+        if item.name == "trl":
             continue
-        names = [f"--{item.name}", *(f"--{short}" for short, name in ALIASES.items() if name == item.name)]
-        text = item.metadata["help"]
-        if item.default is not MISSING and item.default is not None:
-            text += f" [{item.default}]"
-        extra = {"nargs": "?", "const": "true"} if hints[item.name] is bool else {}
+        has_default = item.default is not MISSING and item.default is not None
+        default = f" [{item.default}]" if has_default else ""
+        if f"--{item.name}" in known:  # both stages have it: one flag, and the other stage's default beside the first
+            if has_default and default not in known[f"--{item.name}"].help:
+                known[f"--{item.name}"].help += f" {title}:{default}"
+            continue
         group.add_argument(
-            *names,
+            *(f"--{item.name}", *(f"--{short}" for short, name in ALIASES.items() if name == item.name)),
             dest=item.name,
             default=argparse.SUPPRESS,
-            metavar="",
-            help=text.replace("%", "%%"),
-            **extra,
+            metavar=placeholder(hints[item.name]),
+            help=(item.metadata["help"] + default).replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if hints[item.name] is bool else {}),
         )
 
 
@@ -348,6 +358,7 @@ def parse_pass_through(rest: list[str]) -> dict[str, Any]:
 def training_parser(description: str, stages: tuple[str, ...]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
+        usage="%(prog)s [--setting value ...]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any further field of TRL's SFTConfig / GRPOConfig may be given as a flag or in a stage's JSON file "
@@ -356,7 +367,7 @@ def training_parser(description: str, stages: tuple[str, ...]) -> argparse.Argum
     )
     files = parser.add_argument_group("settings files", "default < file < flag")
     for name in ("model", "data", *stages):
-        files.add_argument(f"--{name}_config", metavar="", help=f"JSON file with {name} settings")
+        files.add_argument(f"--{name}_config", metavar="FILE", help=f"JSON file with {name} settings")
     add_flags(parser, ModelConfig, "model")
     add_flags(parser, DataConfig, "data")
     for stage in stages:
@@ -523,6 +534,11 @@ def _check_grpo(settings: TrainingSettings) -> None:
     grpo = settings.grpo
     _require(grpo.num_generations >= 2, f"num_generations is {grpo.num_generations}, but a group needs at least 2")
     _require(grpo.temperature > 0, f"temperature is {grpo.temperature}, but rollouts must be sampled (over 0)")
+    weights = (grpo.global_reward_weight, grpo.region_reward_weight)
+    _require(
+        grpo.reward_preset == "balanced" or weights == (1.0, 1.0),
+        f"reward weights {weights} were given, but the preset {grpo.reward_preset!r} has its paper's: leave them out",
+    )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps = grpo.trl.get("steps_per_generation") or grpo.gradient_accumulation_steps
     rollouts = grpo.trl.get("generation_batch_size") or grpo.per_device_train_batch_size * processes * steps

@@ -233,7 +233,7 @@ class Renderer:
             write(self.image_block(crop.size), own=False)
             images.append(crop)
             pending = ""
-        write(self.text_ids(pending) + [self.ids[END_OF_TURN]], own=True)
+        write([*self.text_ids(pending), self.ids[END_OF_TURN]], own=True)
         return EncodedExample(ids, labels, tuple(images), example.name)
 
     def length(self, example: Example, size: tuple[int, int]) -> int:

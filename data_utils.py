@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DataConfig, SettingsError, convert, own_fields
+from config import DataConfig, SettingsError, convert, own_fields, placeholder
 from conversation import (
     EncodedExample,
     Example,
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--check", required=True, metavar="FILE", help="JSONL file to check")
-    parser.add_argument("--model_name", metavar="", help="model whose tokenizer counts the text tokens")
+    parser.add_argument("--model_name", metavar="MODEL", help="model whose tokenizer counts the text tokens")
     for item in (
         "image_base_path",
         "answer_key",
@@ -336,8 +336,10 @@ def main(argv: list[str] | None = None) -> int:
         "num_proc",
         "coordinate_space",
     ):
-        parser.add_argument(f"--{item}", metavar="", default=argparse.SUPPRESS, help=_help(item))
-    parser.add_argument("--bad_rows_file", metavar="", help="where faulty rows are written [FILE.bad_rows.jsonl]")
+        parser.add_argument(
+            f"--{item}", metavar=placeholder(own_fields(DataConfig)[item]), default=argparse.SUPPRESS, help=_help(item)
+        )
+    parser.add_argument("--bad_rows_file", metavar="FILE", help="where faulty rows are written [FILE.bad_rows.jsonl]")
     options = vars(parser.parse_args(argv))
     path, model_name, bad_rows = (options.pop(name) for name in ("check", "model_name", "bad_rows_file"))
     hints = own_fields(DataConfig)

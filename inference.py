@@ -1,0 +1,219 @@
+"""Ask a trained model about an image; it looks at crops while it thinks.
+
+python inference.py --model_path outputs/grpo/final_model --image_path test_image.jpg --question "What is he holding?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import InferenceConfig, SettingsError, add_flags, build
+from conversation import Prompt, Renderer, load_image
+from crop_tool import ToolCall
+from response_format import parse_response
+from visualize import Trace, save_trace, trace_fragment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from generation import Rollout
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """One answer. In a notebook it shows itself: image, numbered boxes, and each crop where it entered.
+
+    tool_calls: with boxes in pixels of the ORIGINAL image. text: the response as the model wrote it.
+    crops: one a call, as the model saw it; None where none was shown.
+    finish_reason: `stop`, or `length` where `max_new_tokens` ended it.
+    """
+
+    question: str
+    think_content: str
+    answer_content: str
+    tool_calls: list[ToolCall]
+    crops: list[Image | None]
+    text: str
+    finish_reason: str
+    image: Image = field(repr=False)
+    rollout: Rollout = field(repr=False)
+    prompt: Prompt = field(repr=False)
+    earlier: InferenceResult | None = field(default=None, repr=False)
+
+    def trace(self) -> Trace:
+        """The answer as data of a trace page."""
+        calls = self.rollout.tool_calls
+        response = parse_response(self.text, calls)
+        return Trace(self.question, response, self.image, tuple(_crops_by_call(self.prompt, self.rollout)))
+
+    def traces(self) -> list[Trace]:
+        """This answer's trace behind those of the questions before it."""
+        return [*(self.earlier.traces() if self.earlier else []), self.trace()]
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write a self-contained HTML page of the conversation up to this answer."""
+        save_trace(path, self.traces())
+
+    def _repr_html_(self) -> str:
+        return trace_fragment(self.trace())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but pixels, ready for JSON."""
+        return {
+            "question": self.question,
+            "think_content": self.think_content,
+            "answer_content": self.answer_content,
+            "tool_calls": [
+                {"text": call.text, "outcome": call.outcome, "box": call.box.as_list() if call.box else None}
+                for call in self.tool_calls
+            ],
+            "response": self.text,
+            "finish_reason": self.finish_reason,
+            "new_tokens": sum(self.rollout.sampled_mask),
+        }
+
+
+def _crops_by_call(prompt: Prompt, rollout: Rollout) -> list[Image | None]:
+    crops = iter(rollout.images[len(prompt.images) :])
+    return [next(crops) if call.is_executed else None for call in rollout.tool_calls]
+
+
+class QwenVLInference:
+    """Loads a trained model once and answers questions with it."""
+
+    def __init__(self, config: InferenceConfig | None = None) -> None:
+        from generation import CropEngine, SamplingParams
+        from model_utils import load_for_inference
+
+        self.config = config or InferenceConfig()
+        loaded = load_for_inference(self.config)
+        self.renderer = Renderer(loaded.processor, loaded.contract)
+        self.engine = CropEngine(loaded.model, self.renderer, self.config.batch_size)
+        self.sampling = SamplingParams(
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            max_crops=self.config.max_crops,
+            seed=self.config.seed,
+            crops="real" if self.config.execute_crops else "off",
+        )
+
+    def generate(self, image: str | Path | Image, question: str) -> InferenceResult:
+        """Answer one question about an image (PIL, path, URL or data URI).
+
+        Raises:
+            ValueError: for an image that cannot be read, or a question with one of the model's image tokens in it.
+        """
+        return self.batch_generate([image], [question])[0]
+
+    def batch_generate(
+        self, images: Sequence[str | Path | Image], questions: Sequence[str], progress: bool = False
+    ) -> list[InferenceResult]:
+        """Answer many questions, one image each (any sizes), in order; `progress` shows a bar."""
+        if len(images) != len(questions):
+            raise ValueError(
+                f"{len(images)} images and {len(questions)} questions were given: give one image a question"
+            )
+        prompts = [
+            self.renderer.prompt(question, load_image(image)) for image, question in zip(images, questions, strict=True)
+        ]
+        return self._answer(prompts, questions, [None] * len(prompts), progress)
+
+    def follow_up(self, result: InferenceResult, question: str) -> InferenceResult:
+        """A further question after `result`, with its image and crops still in view."""
+        prompt = self.renderer.follow_up(result.prompt, result.rollout.completion_ids, result.rollout.images, question)
+        return self._answer([prompt], [question], [result], progress=False)[0]
+
+    def _answer(self, prompts: list[Prompt], questions: Sequence[str], earlier: list, progress: bool) -> list:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(prompts), desc="answers", disable=not progress) as bar:
+            rollouts = self.engine.generate(prompts, self.sampling, on_finish=bar.update)
+        return [self._result(*parts) for parts in zip(prompts, questions, rollouts, earlier, strict=True)]
+
+    def _result(
+        self, prompt: Prompt, question: str, rollout: Rollout, earlier: InferenceResult | None
+    ) -> InferenceResult:
+        parsed = parse_response(rollout.text, rollout.tool_calls)
+        wanted = self.config.parse_tool_calls
+        return InferenceResult(
+            question=question,
+            think_content=parsed.think_content,
+            answer_content=parsed.answer_content,
+            tool_calls=list(parsed.tool_calls) if wanted else [],
+            crops=_crops_by_call(prompt, rollout) if wanted else [],
+            text=rollout.text,
+            finish_reason=rollout.finish_reason,
+            image=prompt.original,
+            rollout=rollout,
+            prompt=prompt,
+            earlier=earlier,
+        )
+
+
+def describe(result: InferenceResult) -> str:
+    """An answer for the terminal."""
+    lines = [f"Question: {result.question}"]
+    if result.think_content:
+        lines.append(f"Thinking: {result.think_content}")
+    for number, call in enumerate(result.tool_calls, start=1):
+        where = f"{call.box.as_list()} of the original image" if call.box else repr(call.text)
+        lines.append(f"Crop {number}: {where} ({call.outcome})")
+    lines.append(f"Answer: {result.answer_content or '(none)'}")
+    if result.finish_reason == "length":
+        lines.append("The answer was cut off: raise --max_new_tokens.")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--image_path", required=True, metavar="IMAGE", help="image file, URL or data URI")
+    parser.add_argument(
+        "--question",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="the question; given again, a follow-up question",
+    )
+    parser.add_argument("--output_json", metavar="FILE", help="write the answers (one object, or a list) to this file")
+    parser.add_argument("--save_trace", metavar="FILE", help="write a page that shows image, boxes, crops and answer")
+    add_flags(parser, InferenceConfig, "model and sampling")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    flags = vars(parser.parse_args(argv))
+    image_path, questions, output_json, trace = (
+        flags.pop(name) for name in ("image_path", "question", "output_json", "save_trace")
+    )
+    try:
+        config = build(InferenceConfig, flags)
+        image = load_image(image_path)
+        inference = QwenVLInference(config)
+        results = [inference.generate(image, questions[0])]
+        for question in questions[1:]:
+            results.append(inference.follow_up(results[-1], question))
+    except (SettingsError, ValueError) as error:
+        parser.exit(2, f"inference.py: {error}\n")
+    print("\n\n".join(describe(result) for result in results))
+    if output_json:
+        answers = [{"image_path": image_path, **result.to_dict()} for result in results]
+        Path(output_json).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2, ensure_ascii=False)
+        Path(output_json).write_text(text + "\n", encoding="utf-8")
+        print(f"wrote {output_json}")
+    if trace:
+        results[-1].save_trace(trace)
+        print(f"wrote {trace}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

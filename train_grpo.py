@@ -1,0 +1,123 @@
+"""Stage 2: R-GRPO, reinforcement learning of where to look (VLM-R3, arXiv 2505.16192), on TRL's GRPOTrainer.
+
+    python train_grpo.py --sft_checkpoint outputs/sft/final_model --train_data data/train.jsonl \\
+        --image_base_path data/images --beta 0.1 --bf16
+
+What differs from TRL: rollouts come from our engine, in one assistant turn with crops on the live cache; the
+images of a row are the main image and its crops; inserted crop tokens carry no loss. What differs from the paper:
+the default reward (`balanced`) has a grounding term, and the KL to the SFT model is on (`beta`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import GRPOStageConfig, TrainingSettings, parse_training
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+    from trl import GRPOConfig
+
+    from model_utils import LoadedModel
+    from rewards import RewardPart
+    from trainers import CropGRPOTrainer
+
+
+def grpo_arguments(config: GRPOStageConfig, reward_weights: list[float]) -> GRPOConfig:
+    """TRL's arguments for the stage; a field given by name in the stage's settings wins over what is set here."""
+    from trl import GRPOConfig
+
+    from training import common_arguments
+
+    values = common_arguments(config)
+    names = ["beta", "num_generations", "temperature", "max_completion_length"]
+    values |= {name: getattr(config, name) for name in names}
+    values |= {
+        "reward_weights": reward_weights,
+        "scale_rewards": "group",
+        "remove_unused_columns": False,
+        "log_multimodal": False,
+    }
+    return GRPOConfig(**(values | config.trl))
+
+
+def as_reward_functions(parts: tuple[RewardPart, ...]) -> list[Callable[..., list[float]]]:
+    """Each reward part as a function that TRL calls, so that TRL logs each by itself."""
+    from response_format import parse_response
+
+    def function(part: RewardPart) -> Callable[..., list[float]]:
+        def reward(rollout: list, reference: list, **_: Any) -> list[float]:
+            responses = [parse_response(item.text, item.tool_calls) for item in rollout]
+            return [part.function(*pair) for pair in zip(responses, reference, strict=True)]
+
+        reward.__name__ = part.name
+        return reward
+
+    return [function(part) for part in parts]
+
+
+def build_trainer(
+    loaded: LoadedModel,
+    settings: TrainingSettings,
+    parts: tuple[RewardPart, ...] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> CropGRPOTrainer:
+    """The trainer of stage 2 on the prompts of `settings.data`; `parts` replaces the preset's reward."""
+    from conversation import Renderer
+    from data_utils import load_examples
+    from generation import CropEngine, SamplingParams
+    from rewards import reward_parts
+    from trainers import CropGRPOTrainer
+    from training import CheckpointCompanions
+
+    config, data = settings.grpo, settings.data
+    renderer = Renderer(loaded.processor, loaded.contract)
+    bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
+    examples = load_examples(data.train_data, data, renderer, bad_rows)
+    if parts is None:
+        parts = reward_parts(config.reward_preset, config.global_reward_weight, config.region_reward_weight)
+    return CropGRPOTrainer(
+        model=loaded.model,
+        args=grpo_arguments(config, [part.weight for part in parts]),
+        reward_funcs=as_reward_functions(parts),
+        train_dataset=examples.with_transform(_with_prompt),
+        processing_class=loaded.processor,
+        callbacks=[*(callbacks or []), CheckpointCompanions(loaded, settings)],
+        engine=CropEngine(loaded.model, renderer, config.rollout_batch_size),
+        sampling=SamplingParams(config.max_completion_length, config.temperature, max_crops=config.max_crops),
+        image_base=data.image_base_path,
+    )
+
+
+def _with_prompt(columns: dict[str, list]) -> dict[str, list]:
+    """TRL wants a `prompt`; ours are written by the engine's renderer, so it only serves TRL's logs."""
+    return {**columns, "prompt": [[{"role": "user", "content": question}] for question in columns["question"]]}
+
+
+def run_grpo(settings: TrainingSettings) -> Path:
+    """Train stage 2; returns the folder of the final model."""
+    from model_utils import load_for_training
+    from training import announce, finish, train
+
+    config = settings.grpo
+    announce("stage 2: R-GRPO", settings)
+    start = config.sft_checkpoint or settings.model.model_name
+    loaded = load_for_training(settings.model, settings.data, config, start)
+    trainer = build_trainer(loaded, settings)
+    train(trainer, config)
+    return finish(trainer, loaded, settings, "grpo", config.output_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("grpo",))
+    from training import exit_with_message
+
+    with exit_with_message("train_grpo.py"):
+        run_grpo(settings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""Stage 1: supervised fine-tuning on annotated rationales, on TRL's SFTTrainer.
+
+    python train_sft.py --train_data data/train.jsonl --val_data data/val.jsonl --image_base_path data/images --bf16
+
+What differs from TRL's own vision training: our collator (crop pads and prompt carry no loss; TRL's would train on
+them), the crops in the assistant's turn, and batches of examples of like length.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import SFTStageConfig, TrainingSettings, parse_training
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+    from trl import SFTConfig
+
+    from model_utils import LoadedModel
+    from trainers import CropSFTTrainer
+
+
+def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
+    """TRL's arguments for the stage; a field given by name in the stage's settings wins over what is set here."""
+    from trl import SFTConfig
+
+    from training import common_arguments
+
+    values = common_arguments(config)
+    values |= {
+        "max_length": None,  # length is checked, and cut at segment borders, by our own data code
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+    }
+    if has_validation:
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": config.eval_steps,
+            "load_best_model_at_end": True,
+            "save_steps": config.eval_steps,  # the best checkpoint must have been evaluated
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    return SFTConfig(**(values | config.trl))
+
+
+def build_trainer(
+    loaded: LoadedModel, settings: TrainingSettings, callbacks: list[TrainerCallback] | None = None
+) -> CropSFTTrainer:
+    """The trainer of stage 1 on the examples of `settings.data`."""
+    from transformers import EarlyStoppingCallback
+
+    from conversation import Renderer
+    from data_utils import ExampleEncoder, SFTCollator, load_examples
+    from trainers import CropSFTTrainer
+    from training import CheckpointCompanions
+
+    config, data = settings.sft, settings.data
+    renderer = Renderer(loaded.processor, loaded.contract)
+    bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
+    train = load_examples(data.train_data, data, renderer, bad_rows)
+    validation = None
+    if data.val_data is not None:
+        validation = load_examples(data.val_data, data, renderer, f"{config.output_dir}/bad_rows_val.jsonl")
+    callbacks = [*(callbacks or []), CheckpointCompanions(loaded, settings)]
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return CropSFTTrainer(
+        model=loaded.model,
+        args=sft_arguments(config, validation is not None),
+        data_collator=SFTCollator(ExampleEncoder(renderer, data)),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=loaded.processor,
+        callbacks=callbacks,
+    )
+
+
+def run_sft(settings: TrainingSettings) -> Path:
+    """Train stage 1; returns the folder of the final model."""
+    from model_utils import load_for_training
+    from training import announce, finish, train
+
+    config = settings.sft
+    announce("stage 1: SFT", settings)
+    loaded = load_for_training(settings.model, settings.data, config, settings.model.model_name)
+    trainer = build_trainer(loaded, settings)
+    train(trainer, config)
+    return finish(trainer, loaded, settings, "sft", config.output_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("sft",))
+    from training import exit_with_message
+
+    with exit_with_message("train_sft.py"):
+        run_sft(settings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
