@@ -255,7 +255,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             raise SettingsError(f"{name} is {value!r}, but it must be a number") from None
-        _require(hint is float or number == int(number), f"{name} is {value!r}, but it must be a whole number")
+        _require(hint is float or number.is_integer(), f"{name} is {value!r}, but it must be a whole number")
         return hint(number)
     _require(isinstance(value, str), f"{name} is {value!r}, but it must be text")
     return value

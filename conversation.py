@@ -93,6 +93,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", rgba.size, "white")
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
+    if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255: all white
+        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return upright.convert("RGB")
 
 
@@ -227,8 +229,11 @@ class Renderer:
                 continue
             written = format_box(frame.to_model(part))
             call, crop = run_call(ToolCall(written, 0, "parsed"), original, self.contract)
-            if crop is None:
-                raise ValueError(f"{call.outcome} box {part.as_list()} in an image of {original.size}")
+            # The annotation is held against the image too: written in whole numbers, no box is empty or outside.
+            outcome, region = resolve_box(part, original.size, self.contract.min_crop_side)
+            if region is None or crop is None:
+                reason = outcome if region is None else call.outcome
+                raise ValueError(f"{reason} box {part.as_list()} in an image of {original.width} x {original.height}")
             write(self.text_ids(pending + CALL_OPEN + written + CALL_CLOSE), own=True)
             write(self.image_block(crop.size), own=False)
             images.append(crop)

@@ -317,9 +317,8 @@ def resolve_box(box: Box, size: tuple[int, int], min_side: int) -> tuple[str, Bo
     than `min_side` is grown around its centre and shifted inside. The region has whole corners.
     """
     width, height = size
-    if not all(map(math.isfinite, box.as_list())):
-        return "malformed", None
-    if not (box.x2 > box.x1 and box.y2 > box.y1):
+    is_finite = all(map(math.isfinite, box.as_list()))
+    if not (is_finite and box.x2 > box.x1 and box.y2 > box.y1):
         return "inverted", None
     if box.x2 <= 0 or box.y2 <= 0 or box.x1 >= width or box.y1 >= height:
         return "outside", None

@@ -6,6 +6,7 @@ python data_utils.py --check data/train.jsonl --image_base_path data/images
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from conversation import (
     model_inputs,
     refuse_reserved,
 )
-from crop_tool import Box, CropContract, resolve_box, shown_image_size
+from crop_tool import Box, CropContract, Frame, resolve_box, shown_image_size
 from response_format import parse_response
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_LINE_BYTES = 32 * 1024 * 1024
+# Files whose rules decide about a row: a kept check is made anew when one of them changes.
+RULES = ("data_utils.py", "conversation.py", "crop_tool.py", "response_format.py")
 
 
 # -------------------------------------------------------------------------------------------- data check
@@ -94,7 +97,9 @@ class Checker:
         if len(raw) > MAX_LINE_BYTES:
             raise ValueError(f"bad JSON: the line is {len(raw):,} bytes long (at most {MAX_LINE_BYTES:,})")
         try:
-            row = json.loads(raw.decode("utf-8-sig"))
+            row = json.loads(raw.decode("utf-8-sig").rstrip())
+        except json.JSONDecodeError as error:  # its own text counts lines inside the row
+            raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"bad JSON: {error}") from None
         if not isinstance(row, dict):
@@ -102,11 +107,15 @@ class Checker:
         for key, kind in (("image_path", str), ("QnA", list)):
             if not isinstance(row.get(key), kind) or not row[key]:
                 raise ValueError(f"missing key {key!r}: it must be a non-empty {kind.__name__}")
+        refuse_surrogates(row["image_path"], "image_path")
         return row["image_path"], row["QnA"]
 
     def _image_size(self, path: str) -> tuple[int, int]:
         """(width, height) of the image as it is used, after decoding all of it."""
-        size = load_image(path, self.data.image_base_path).size
+        try:
+            size = load_image(path, self.data.image_base_path).size
+        except (OSError, RuntimeError) as error:  # a URL or data URI that gives no image; a link to itself
+            raise ValueError(f"unreadable image {path:.80}: {type(error).__name__}") from None
         shown_image_size(*size, self.contract)  # raises for a strip that no grid can hold
         return size
 
@@ -117,6 +126,10 @@ class Checker:
         for key in ("Q", self.data.answer_key):
             if not isinstance(entry.get(key), str) or not entry[key].strip():
                 return replace(empty, fault=f"missing key {key!r}: it must be non-empty text")
+            try:
+                refuse_surrogates(entry[key], key)
+            except ValueError as error:
+                return replace(empty, fault=str(error))
         checked = replace(empty, question=entry["Q"], response=entry[self.data.answer_key])
         try:
             calls = self._check_text(checked.example, size)
@@ -143,7 +156,11 @@ class Checker:
 
     def _check_box(self, box: Box, size: tuple[int, int]) -> None:
         numbers = "[" + ", ".join(f"{value:g}" for value in box.as_list()) + "]"
+        frame = Frame.of(size, self.contract)
         outcome, region = resolve_box(box, size, self.contract.min_crop_side)
+        if region is not None:  # the model's rounded numbers decide which region is cut
+            written = frame.to_original(frame.to_model(box))
+            outcome, region = resolve_box(written, size, self.contract.min_crop_side)
         reasons = {
             "inverted": f"inverted box {numbers}: x2 must be over x1, and y2 over y1",
             "outside": f"outside box {numbers}: the image is {size[0]} x {size[1]}",
@@ -160,6 +177,13 @@ class Checker:
         if self.renderer is not None:
             return self.renderer.length(example, size)
         return Renderer.length(_TextEstimate(self.contract), example, size)  # type: ignore[arg-type]
+
+
+def refuse_surrogates(text: str, key: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"bad JSON: {key!r} holds half a surrogate pair at character {error.start}") from None
 
 
 @dataclass(frozen=True)
@@ -190,16 +214,21 @@ def byte_ranges(path: str, parts: int) -> list[tuple[int, int, int]]:
 def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | None = None) -> Dataset:
     """Every QnA entry of `data.train_data`, checked, as a memory-mapped table with the columns of `Checked`.
 
-    The table is kept on disk and used again while the file, the images' folder and the settings are the same.
+    The table is kept on disk and used again while the file, its images and the settings are the same.
     """
     import datasets
     from datasets.fingerprint import Hasher
 
     path = data.train_data
     about = os.stat(path)
+    checker = Checker(data, contract, renderer)
+    rules = [Path(__file__).with_name(name).read_bytes() for name in RULES]
     vocabulary = renderer.tokenizer.backend_tokenizer.to_str() if renderer is not None else None
     fingerprint = Hasher.hash(
-        [os.path.abspath(path), about.st_size, about.st_mtime_ns, repr(data), repr(contract), vocabulary]
+        [
+            *(os.path.abspath(path), about.st_size, about.st_mtime_ns, images_state(checker)),
+            *(repr(data), repr(contract), vocabulary, rules),
+        ]
     )
     if os.path.getsize(path) == 0:
         raise SettingsError(f"{path} is empty")
@@ -208,10 +237,24 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
     return datasets.Dataset.from_generator(
         _generate,
         features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
-        gen_kwargs={"ranges": byte_ranges(path, data.num_proc), "checker": Checker(data, contract, renderer)},
+        gen_kwargs={"ranges": byte_ranges(path, data.num_proc), "checker": checker},
         num_proc=data.num_proc if data.num_proc > 1 else None,
         fingerprint=fingerprint,
     )
+
+
+def images_state(checker: Checker) -> str:
+    """Changes when an image of the file is added, replaced or removed; looks at names, sizes and times only."""
+    state = hashlib.sha256()
+    with open(checker.data.train_data, "rb") as file:
+        for raw in file:
+            try:
+                about = os.stat(os.path.join(checker.data.image_base_path, checker._parse(raw)[0]))
+            except (OSError, ValueError):
+                state.update(b"missing")
+            else:
+                state.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+    return state.hexdigest()
 
 
 def _generate(ranges: list[tuple[int, int, int]], checker: Checker) -> Iterator[dict[str, Any]]:
@@ -245,6 +288,8 @@ def describe_faults(faults: list[dict[str, Any]], most: int) -> list[str]:
 
 
 def write_bad_rows(path: str, lines: set[int], output: str) -> None:
+    if os.path.exists(output) and os.path.samefile(path, output):
+        raise SettingsError(f"bad_rows_file is {output}, the data file itself: give another name")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "rb") as source, open(output, "wb") as target:
         for number, raw in enumerate(source, start=1):
@@ -262,17 +307,16 @@ class ExampleEncoder:
     renderer: Renderer
     data: DataConfig
     cache_bytes: int = 256 * 1024 * 1024
-    _kept: OrderedDict[tuple[str, int, int], EncodedExample] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[Example, EncodedExample] = field(default_factory=OrderedDict)
     _size: int = 0
 
     def __call__(self, example: Example) -> EncodedExample:
-        key = (example.image_path, example.line, example.entry)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        if example in self._kept:
+            self._kept.move_to_end(example)
+            return self._kept[example]
         encoded = self.renderer.encode(example, load_image(example.image_path, self.data.image_base_path))
         encoded = cut_to_length(encoded, self.renderer, self.data.max_length)
-        self._kept[key] = encoded
+        self._kept[example] = encoded
         self._size += _bytes(encoded)
         while self._size > self.cache_bytes:
             self._size -= _bytes(self._kept.popitem(last=False)[1])

@@ -17,7 +17,7 @@ from config import InferenceConfig, SettingsError, add_flags, build
 from conversation import Prompt, Renderer, load_image
 from crop_tool import ToolCall
 from response_format import parse_response
-from visualize import Trace, save_trace, trace_fragment
+from traces import Trace, save_trace, trace_fragment
 
 if TYPE_CHECKING:
     from PIL.Image import Image

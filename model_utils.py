@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
-from crop_tool import CALL_CLOSE, CALL_OPEN, CropContract
+from crop_tool import CALL_CLOSE, CALL_OPEN, MAX_ASPECT_RATIO, CropContract
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +51,15 @@ def load_contract(path: str, given: dict[str, Any], factor: int) -> CropContract
     """The contract saved with the model at `path`, or a new one from the settings given.
 
     Raises:
-        ValueError: for a given setting that contradicts the saved contract.
+        SettingsError: for a given setting that contradicts the saved contract, or cannot be.
     """
-    saved = CropContract.load(path)
-    if saved is not None:
-        return saved.with_settings(given, source=path)
-    return CropContract(**given, factor=factor)
+    try:
+        saved = CropContract.load(path)
+        if saved is not None:
+            return saved.with_settings(given, source=path)
+        return CropContract(**given, factor=factor)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def load_processor(path: str, given: dict[str, Any] | None = None) -> tuple[Qwen2_5_VLProcessor, CropContract]:
@@ -69,8 +72,8 @@ def load_processor(path: str, given: dict[str, Any] | None = None) -> tuple[Qwen
     factor = images.patch_size * images.merge_size
     contract = load_contract(path, given or {}, factor)
     # We bring every image to its final size; the processor's own limits must let it pass as it is. Qwen's
-    # smallest size (56 x 56) would enlarge small crops.
-    images.size = {"shortest_edge": factor**2, "longest_edge": max(contract.max_pixels, factor**2)}
+    # smallest size (56 x 56) would enlarge small crops. A strip one token wide may take more than max_pixels.
+    images.size = {"shortest_edge": factor**2, "longest_edge": max(contract.max_pixels, MAX_ASPECT_RATIO * factor**2)}
     processor.tokenizer.padding_side = "left"
     return processor, contract
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+from answer_rules import answer_accuracy, answer_kind
 from crop_tool import Box, ToolCall
 from response_format import parse_response
 from rewards import (
@@ -20,8 +21,6 @@ from rewards import (
     Reference,
     RewardPart,
     accuracy_reward,
-    answer_accuracy,
-    answer_kind,
     call_statistics,
     correctness_reward,
     crop_if_correct_reward,

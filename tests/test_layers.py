@@ -1,0 +1,87 @@
+"""A file imports only from files on a lower floor, and the lower floors start without torch."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    **dict.fromkeys(("config", "crop_tool", "demo_world"), 0),
+    **dict.fromkeys(("response_format", "model_utils", "answer_rules"), 1),
+    **dict.fromkeys(("conversation", "rewards", "traces"), 2),
+    **dict.fromkeys(("data_utils", "visualize"), 3),
+    "generation": 4,
+    **dict.fromkeys(("trainers", "training", "inference"), 5),
+    **dict.fromkeys(("train_sft", "train_grpo", "demo"), 6),
+    "train_qwenvl_25": 7,  # --demo opens demo.py
+    **dict.fromkeys(("configure_training", "example_usage", "evaluate"), 8),
+}
+HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "datasets", "accelerate"}
+FILES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def imported(nodes: list[ast.AST]) -> Iterator[str]:
+    """Top names of the modules that these statements import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """The statements that run when the module is imported: not function bodies, not under TYPE_CHECKING."""
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            todo += node.orelse
+            continue
+        yield node
+        todo += ast.iter_child_nodes(node)
+
+
+def breaches(name: str, source: str) -> list[str]:
+    """What the file `name` imports although it may not."""
+    tree = ast.parse(source)
+    found = []
+    for module in sorted(set(imported(list(ast.walk(tree))))):
+        if module in FLOORS and FLOORS[module] >= FLOORS[name]:
+            found.append(f"{name} (floor {FLOORS[name]}) imports {module} (floor {FLOORS[module]})")
+    if FLOORS[name] <= 3:
+        heavy = sorted(HEAVY & set(imported(list(run_at_import(tree)))))
+        found += [f"{name} (floor {FLOORS[name]}) imports {module} at start" for module in heavy]
+    return found
+
+
+def test_every_file_of_the_root_has_a_floor():
+    assert set(FILES) - set(FLOORS) == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_lower_floors_and_starts_light(name):
+    assert breaches(name, (ROOT / f"{name}.py").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("crop_tool", "from conversation import Renderer", "crop_tool (floor 0) imports conversation (floor 2)"),
+        ("rewards", "def f():\n    import traces", "rewards (floor 2) imports traces (floor 2)"),
+        ("config", "if TYPE_CHECKING:\n    import training", "config (floor 0) imports training (floor 5)"),
+        ("data_utils", "import torch.nn", "data_utils (floor 3) imports torch at start"),
+        ("visualize", "try:\n    from trl import X\nexcept E:\n    pass", "visualize (floor 3) imports trl at start"),
+        ("config", "class A:\n    import peft", "config (floor 0) imports peft at start"),
+    ],
+)
+def test_a_breach_is_found_wherever_the_import_stands(name, source, message):
+    assert breaches(name, source) == [message]
+
+
+def test_imports_for_types_and_inside_functions_may_be_heavy():
+    source = "if TYPE_CHECKING:\n    import torch\ndef f():\n    import trl\nasync def g():\n    import peft"
+    assert breaches("data_utils", source) == []

@@ -1,0 +1,296 @@
+"""The one door: what is saved comes back bit by bit, and what does not fit is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+import demo_world
+import model_utils
+from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, SFTStageConfig, resolve_training
+from conversation import Example, Renderer, model_inputs
+from crop_tool import CALL_CLOSE, CALL_OPEN, CropContract, shown_crop_size, shown_image_size
+from model_utils import (
+    base_model_of,
+    is_adapter,
+    load_for_inference,
+    load_for_training,
+    load_processor,
+    load_weights,
+    merge_adapter,
+    save_companions,
+    training_dtype,
+    write_folder,
+)
+
+FULL, LORA = SFTStageConfig(), SFTStageConfig(use_lora=True, lora_r=4, lora_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def batch(renderer):
+    """Two rows of unlike length, one with a crop."""
+    picture = demo_world.draw_picture(0, 0)
+    shape = picture.shapes[0]
+    question, image = demo_world.question_for(shape), Image.fromarray(picture.pixels)
+    texts = (demo_world.rationale_for(shape, shape.box), "<think>\n</think>\n\n<answer>rising</answer>")
+    rows = [renderer.encode(Example(1, 0, "", question, text), image) for text in texts]
+    return model_inputs(rows, renderer)
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def save(loaded, folder):
+    def fill(target):
+        loaded.model.save_pretrained(target)
+        save_companions(target, loaded.processor, loaded.contract, None)
+
+    write_folder(folder, fill)
+    return str(folder)
+
+
+def infer(folder):
+    return load_for_inference(InferenceConfig(model_path=str(folder), device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base_folder, tmp_path_factory):
+    """An adapter folder whose adapter changes the answers, and the model that it was saved from."""
+    loaded = load_for_training(ModelConfig(), DataConfig(), LORA, str(base_folder))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in loaded.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.3, generator=generator)
+    return save(loaded, tmp_path_factory.mktemp("trained") / "final_model"), loaded
+
+
+# ---------------------------------------------------------------------------------------- full weights
+
+
+def test_full_weights_come_back_bit_by_bit_for_training_and_for_inference(base_folder, tiny_model, batch, tmp_path):
+    expected = logits_of(tiny_model, batch)
+    trained = load_for_training(ModelConfig(), DataConfig(), FULL, str(base_folder))
+    assert torch.equal(logits_of(trained.model.eval(), batch), expected)
+    folder = save(trained, tmp_path / "final_model")
+    answering = infer(folder)
+    assert torch.equal(logits_of(answering.model, batch), expected)
+    assert not answering.model.training and answering.model.dtype == torch.float32
+    assert (answering.contract, trained.contract) == (trained.contract, CropContract.load(base_folder))
+    tokenizers = trained.processor.tokenizer, answering.processor.tokenizer
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert trained.processor.chat_template == answering.processor.chat_template
+
+
+def test_the_vision_tower_is_frozen_and_the_language_model_trains(base_folder):
+    def trained(**settings):
+        model = load_for_training(ModelConfig(**settings), DataConfig(), FULL, str(base_folder)).model
+        return {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad}
+
+    assert trained() == {"language_model", "weight"}  # "lm_head.weight"
+    assert trained(freeze_vision=False) == {"language_model", "weight", "visual"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "dtype"),
+    [
+        ({}, FULL, torch.float32),
+        ({}, replace(FULL, bf16=True), torch.float32),
+        ({}, replace(LORA, bf16=True), torch.bfloat16),
+        ({}, replace(LORA, fp16=True), torch.float16),
+        ({"dtype": "bfloat16"}, FULL, torch.bfloat16),
+    ],
+)
+def test_weights_that_train_stay_float32_unless_asked(settings, stage, dtype):
+    assert training_dtype(ModelConfig(**settings), stage, stage.use_lora) == dtype
+
+
+def test_pickled_weights_are_refused(base_folder, tiny_model, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tiny_model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load_weights(str(tmp_path / "pickled"), torch.float32, "auto")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./here", "outputs/a/final_model", "final_model"])
+def test_a_missing_folder_is_named_and_not_looked_up_on_the_hub(path):
+    message = f"there is no model at {path}: give a folder with weights or a hub name"
+    with pytest.raises(SettingsError, match=message):
+        load_for_training(ModelConfig(), DataConfig(), FULL, path)
+    with pytest.raises(SettingsError, match=message):
+        load_weights(path, torch.float32, "auto")
+
+
+# -------------------------------------------------------------------------------------------- adapters
+
+
+def test_lora_reaches_every_layer_of_the_language_model_and_nothing_of_the_vision_tower(adapter):
+    names = [name for name, weight in adapter[1].model.named_parameters() if weight.requires_grad]
+    assert all("language_model" in name and "lora_" in name for name in names)
+    assert len(names) == 3 * 7 * 2  # layers, projections, A and B
+
+
+def test_lora_reaches_the_vision_tower_where_it_is_not_frozen(base_folder):
+    model = load_for_training(ModelConfig(freeze_vision=False), DataConfig(), LORA, str(base_folder)).model
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert all("lora_" in name for name in names)
+    for layer in ("visual.blocks.1.attn.qkv", "visual.blocks.0.mlp.up_proj", "visual.merger.mlp.2", "language_model"):
+        assert any(layer in name for name in names), layer
+
+
+def test_a_merged_adapter_answers_as_the_adapter_and_not_as_the_base(adapter, tiny_model, batch, tmp_path):
+    folder, loaded = adapter
+    expected = logits_of(loaded.model.eval(), batch)
+    assert (expected - logits_of(tiny_model, batch)).abs().max() > 0.1
+    answering = infer(folder)
+    assert type(answering.model) is Qwen
+    torch.testing.assert_close(logits_of(answering.model, batch), expected, atol=1e-4, rtol=0)
+    merge_adapter(folder, str(tmp_path / "merged"))
+    merged = infer(tmp_path / "merged")
+    assert torch.equal(logits_of(merged.model, batch), logits_of(answering.model, batch))
+    assert (merged.contract, is_adapter(tmp_path / "merged")) == (loaded.contract, False)
+
+
+def test_an_adapter_trains_on_as_an_adapter_whatever_use_lora_says(adapter, batch):
+    folder, loaded = adapter
+    again = load_for_training(ModelConfig(), DataConfig(), FULL, folder)
+    trained = {name for name, weight in again.model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, weight in loaded.model.named_parameters() if weight.requires_grad}
+    assert torch.equal(logits_of(again.model.eval(), batch), logits_of(loaded.model.eval(), batch))
+
+
+def test_an_adapter_folder_is_known_by_its_config_and_names_its_base(adapter, base_folder, tmp_path):
+    assert is_adapter(adapter[0]) and base_model_of(adapter[0]) == str(base_folder)
+    assert not is_adapter(base_folder) and not is_adapter(tmp_path / "none")
+
+
+def test_merging_what_is_no_adapter_is_refused_in_one_line(base_folder, tmp_path, monkeypatch, capsys):
+    message = f"{base_folder} holds no adapter (no adapter_config.json): there is nothing to merge"
+    argv = ["model_utils.py", "--merge", str(base_folder), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        model_utils.main()
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"model_utils.py: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- crop contract
+
+
+def test_the_contract_of_the_model_counts_and_a_setting_against_it_is_refused(base_folder, adapter):
+    for folder in (str(base_folder), adapter[0]):
+        given = {"coordinate_space": "resized", "image_shorter_side": 56}
+        assert load_processor(folder, given)[1] == CropContract.load(base_folder)
+        message = "coordinate_space='original' was given, but .* was trained with coordinate_space='resized'"
+        with pytest.raises(SettingsError, match=message):
+            load_processor(folder, {"coordinate_space": "original"})
+
+
+def test_a_model_without_a_contract_gets_one_of_the_settings_given_and_its_own_patch_size(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "plain", ignore=shutil.ignore_patterns("crop_contract.json"))
+    given = {"coordinate_space": "normalized_1000", "image_shorter_side": 112}
+    contract = load_processor(str(tmp_path / "plain"), given)[1]
+    assert contract == CropContract(**given, factor=14)
+    with pytest.raises(SettingsError, match="max_pixels is 5, but one image token alone takes 196 pixels"):
+        load_processor(str(tmp_path / "plain"), {"max_pixels": 5})
+
+
+def test_settings_are_saved_beside_the_weights(processor, contract, tmp_path, monkeypatch):
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/train.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    save_companions(tmp_path, processor, contract, resolve_training({"learning_rate": "1e-4"}, ("sft",)))
+    assert json.loads((tmp_path / "training_settings.json").read_text())["sft"]["learning_rate"] == 1e-4
+    assert load_processor(str(tmp_path))[1] == contract
+
+
+SIDES = [(1, 1), (28, 28), (30, 29), (28, 5600), (5600, 28), (3000, 40), (100, 100), (449, 448), (4000, 3000)]
+
+
+@pytest.mark.parametrize("max_pixels", [1280 * 28 * 28, 128 * 28 * 28, 28 * 28])
+@pytest.mark.parametrize("kind", ["demo", "qwen"])
+def test_the_processor_leaves_every_shown_size_as_it_is(base_folder, tmp_path, kind, max_pixels):
+    """Were it to resize again, image tokens and image features of the row would differ."""
+    shutil.copytree(base_folder, tmp_path / "model", ignore=shutil.ignore_patterns("crop_contract.json"))
+    if kind == "qwen":  # patches of 14 px, and a smallest picture of 56 x 56
+        config = tmp_path / "model/processor_config.json"
+        values = json.loads(config.read_text())
+        values["image_processor"] = Qwen2VLImageProcessor().to_dict()
+        config.write_text(json.dumps(values))
+    processor, contract = load_processor(str(tmp_path / "model"), {"max_pixels": max_pixels})
+    images = processor.image_processor
+    assert contract.factor == images.patch_size * 2 == (28 if kind == "qwen" else 14)
+    shown = [shown(*side, contract) for shown in (shown_crop_size, shown_image_size) for side in SIDES]
+    grids = images(images=[Image.new("RGB", size) for size in shown], return_tensors="pt")["image_grid_thw"].tolist()
+    assert [(w * images.patch_size, h * images.patch_size) for _, h, w in grids] == shown
+    assert (contract.factor, contract.factor) in shown
+
+
+# -------------------------------------------------------------------------------------- write_folder
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "final_model"
+
+    def fill(target):
+        with open(f"{target}/weights", "w") as file:
+            file.write("first")
+
+    def fail(target):
+        with open(f"{target}/weights", "w") as file:
+            file.write("second")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_folder(folder, fail)
+    assert not folder.exists()
+    write_folder(folder, fill)
+    (folder / "stale").touch()
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_folder(folder, fail)
+    assert (folder / "weights").read_text() == "first" and (folder / "stale").exists()
+    write_folder(folder, fill)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["final_model", "weights"]
+
+
+# --------------------------------------------------------------------------------------- tool tokens
+
+
+@pytest.fixture
+def wordless(tmp_path, monkeypatch):
+    """A model folder whose tokenizer has no tool tokens."""
+    monkeypatch.setattr(demo_world, "TOOL_TOKENS", ())
+    processor = demo_world.build_processor()
+    assert CALL_OPEN not in processor.tokenizer.get_vocab()
+    demo_world.build_model(processor).save_pretrained(tmp_path / "wordless")
+    processor.save_pretrained(tmp_path / "wordless")
+    return str(tmp_path / "wordless")
+
+
+def test_missing_tool_tokens_are_added_with_embeddings_that_are_saved(wordless, tmp_path, caplog):
+    before = AutoConfig.from_pretrained(wordless).text_config.vocab_size
+    loaded = load_for_training(ModelConfig(), DataConfig(image_shorter_side=56), FULL, wordless)
+    ids = loaded.processor.tokenizer.convert_tokens_to_ids([CALL_OPEN, CALL_CLOSE])
+    assert ids == [before, before + 1]
+    assert loaded.model.get_input_embeddings().num_embeddings == before + 2
+    assert f"added ['{CALL_OPEN}', '{CALL_CLOSE}'] to the vocabulary" in caplog.text
+    renderer = Renderer(loaded.processor, loaded.contract)
+    text = "<think>\n{Crop it [0, 0, 60, 60]}\n</think>\n\n<answer>no</answer>"
+    row = renderer.encode(Example(1, 0, "", "Is it?", text), Image.new("RGB", (120, 90)))
+    assert row.labels.count(ids[0]) == row.labels.count(ids[1]) == 1
+    inputs = model_inputs([row], renderer)
+    answering = infer(save(loaded, tmp_path / "final_model"))
+    assert torch.equal(logits_of(answering.model, inputs), logits_of(loaded.model.eval(), inputs))
+    assert answering.processor.tokenizer.convert_tokens_to_ids([CALL_OPEN, CALL_CLOSE]) == ids
+
+
+def test_missing_tool_tokens_are_refused_under_lora(wordless):
+    message = r"lacks \['<tool_call>', '</tool_call>'\]. .* train full weights \(leave --use_lora out\)"
+    with pytest.raises(SettingsError, match=message):
+        load_for_training(ModelConfig(), DataConfig(), LORA, wordless)

@@ -1,0 +1,250 @@
+"""Both stages for real, on the tiny model: what carries gradient, what moves, what is saved and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_grpo
+import train_sft
+from config import InferenceConfig, resolve_training
+from conversation import IGNORED
+from model_utils import is_adapter, load_for_inference, load_for_training
+from rewards import RewardPart
+from training import train
+
+LORA = {"use_lora": "true", "lora_r": 8, "lora_dropout": 0.0}
+
+
+def settings_for(stage: str, base_folder: Path, data_folder: Path, output: Path, **flags):
+    """Settings of a short run on the demo's data, through the code that reads the command line."""
+    flags = {
+        "model_name": str(base_folder),
+        "train_data": str(data_folder / "train.jsonl"),
+        "image_base_path": str(data_folder),
+        "output_dir": str(output),
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "false",
+        "warmup_ratio": 0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **flags,
+    }
+    if stage == "grpo":
+        flags = {
+            "num_generations": 4,
+            "batch_size": 8,
+            "max_completion_length": 24,
+            **{k: v for k, v in flags.items() if k != "batch_size"},
+        }
+    return resolve_training(flags, (stage,))
+
+
+def length_part() -> RewardPart:
+    """A reward that differs between the rollouts of any group."""
+    return RewardPart("variety", lambda response, reference: float(hash(response.text) % 1000) / 1000)
+
+
+def sft_trainer(settings):
+    loaded = load_for_training(settings.model, settings.data, settings.sft, settings.model.model_name)
+    return loaded, train_sft.build_trainer(loaded, settings)
+
+
+def grpo_trainer(settings, parts=None):
+    start = settings.grpo.sft_checkpoint or settings.model.model_name
+    loaded = load_for_training(settings.model, settings.data, settings.grpo, start)
+    return loaded, train_grpo.build_trainer(loaded, settings, parts)
+
+
+def gradient_positions(trainer, inputs) -> torch.Tensor:
+    """True at each position whose last hidden state gets gradient from the loss: (rows, seq)."""
+    base = trainer.model.get_base_model() if is_peft(trainer.model) else trainer.model
+    kept = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        kept.append(output)
+
+    handle = base.model.language_model.norm.register_forward_hook(keep)
+    trainer.model.train()
+    try:
+        trainer.compute_loss(trainer.model, inputs).backward()
+    finally:
+        handle.remove()
+    return kept[0].grad.abs().sum(-1) > 0
+
+
+def is_peft(model) -> bool:
+    return hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sft_gradient_comes_from_exactly_the_models_own_tokens(base_folder, data_folder, tmp_path, lora):
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, **(LORA if lora else {}))
+    _, trainer = sft_trainer(settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    carries = gradient_positions(trainer, batch)
+    # The hidden state at t makes the logits of token t + 1.
+    assert torch.equal(carries[:, :-1], batch["labels"][:, 1:] != IGNORED)
+    assert not carries[:, -1].any()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_grpo_gradient_comes_from_exactly_the_sampled_tokens(base_folder, data_folder, tmp_path, lora):
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0, **(LORA if lora else {}))
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    script_calls(trainer)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert (inputs["advantages"].abs() > 1e-3).any()
+    sampled = inputs["tool_mask"].bool() & inputs["completion_mask"].bool()
+    assert (~sampled & inputs["completion_mask"].bool()).any(), "no crop block in the batch: the test would be empty"
+    carries = gradient_positions(trainer, inputs)
+    prompt = inputs["prompt_ids"].shape[1]
+    rows = inputs["advantages"].abs() > 1e-3
+    assert torch.equal(carries[rows, prompt - 1 : -1], sampled[rows])
+    assert not carries[:, : prompt - 1].any()
+
+
+def script_calls(trainer) -> None:
+    """Let the random model's rollouts begin with one to three calls, so that there are crops to score."""
+    generate, renderer = trainer.engine.generate, trainer.engine.renderer
+
+    def scripted(prompts, sampling, counts):
+        rows = sum(counts)
+        texts = [f"<tool_call>[{row}, 3, 40, {20 + row}]</tool_call>" * (1 + row % 2) for row in range(rows)]
+        return generate(prompts, sampling, counts, forced=[renderer.text_ids(text) for text in texts])
+
+    trainer.engine.generate = scripted
+    trainer.sampling = type(trainer.sampling)(max_new_tokens=60, temperature=trainer.sampling.temperature)
+
+
+@pytest.mark.parametrize(("lora", "beta"), [(False, 0.1), (True, 0.1), (True, 0.0)], ids=["full", "lora", "lora-no-kl"])
+def test_trainers_logprobs_equal_the_rollouts(base_folder, data_folder, tmp_path, lora, beta):
+    flags = {"beta": beta, "temperature": 0.9, **(LORA if lora else {})}
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, **flags)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    script_calls(trainer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer._generate_and_score_completions(batch)
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, output["completion_ids"].shape[1],
+            **{key: output[key] for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")},
+        )  # fmt: skip
+    assert sorted(set(output["num_images"])) == [2, 3]
+    sampled = (output["tool_mask"] * output["completion_mask"]).bool()
+    assert torch.allclose(logps[sampled], output["sampling_per_token_logps"][sampled], atol=1e-4)
+    for row, rollout in enumerate(trainer._batch_rollouts):
+        ids_in_trainer = output["completion_ids"][row, : len(rollout.completion_ids)].tolist()
+        assert ids_in_trainer == rollout.completion_ids
+        assert output["tool_mask"][row, : len(rollout.sampled_mask)].tolist() == rollout.sampled_mask
+    if beta:
+        assert torch.allclose(output["ref_per_token_logps"][sampled], logps[sampled], atol=1e-4), (
+            "the reference is the start"
+        )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_training_moves_what_it_should_and_nothing_else(base_folder, data_folder, tmp_path, stage, lora):
+    settings = settings_for(stage, base_folder, data_folder, tmp_path, **(LORA if lora else {}))
+    _, trainer = sft_trainer(settings) if stage == "sft" else grpo_trainer(settings, (length_part(),))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    train(trainer, settings.sft or settings.grpo)
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert not [name for name in moved if "visual" in name], "the vision tower is frozen"
+    if lora:
+        assert all("lora_" in name and ".ref." not in name for name in moved)
+    else:
+        assert {name for name, value in before.items() if "language_model.layers" in name} <= moved
+
+
+def test_both_stages_through_the_command_leave_models_that_answer(base_folder, data_folder, tmp_path):
+    """SFT adapter -> R-GRPO on that adapter -> inference, with companions, log and curves."""
+    import train_qwenvl_25
+
+    train_qwenvl_25.main(
+        [
+            *("--stage", "both", "--model_name", str(base_folder), "--use_lora", "--lora_r", "8"),
+            *("--train_data", f"{data_folder}/train.jsonl", "--val_data", f"{data_folder}/val.jsonl"),
+            *("--image_base_path", str(data_folder), "--num_generations", "4", "--max_completion_length", "16"),
+            *("--sft_output_dir", f"{tmp_path}/sft", "--grpo_output_dir", f"{tmp_path}/grpo"),
+            *("--max_steps", "2", "--batch_size", "4", "--gradient_accumulation_steps", "1", "--disable_tqdm", "true"),
+            *("--sft_eval_steps", "1", "--logging_steps", "1", "--grpo_learning_rate", "1e-3"),
+        ]
+    )
+    for stage in ("sft", "grpo"):
+        final = tmp_path / stage / "final_model"
+        assert is_adapter(final)
+        assert not (final / "ref").exists()
+        names = {path.name for path in final.iterdir()}
+        assert {"crop_contract.json", "training_settings.json", "chat_template.jinja", "tokenizer.json"} <= names
+        log = json.loads((tmp_path / stage / "training_log.json").read_text())
+        assert log["history"]
+        assert (tmp_path / stage / "training_curves.png").stat().st_size > 5000
+        load_for_inference(InferenceConfig(str(final)))
+    logged = {key for item in log["history"] for key in item}
+    assert {"crops/per_rollout", "crops/invalid", "crops/no_call", "crops/repeated", "crops/whole_image"} <= logged
+    assert {"rewards/accuracy/mean", "rewards/grounding/mean", "kl", "rollout/tokens_per_second"} <= logged
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_best_checkpoint_and_resume_bring_back_the_saved_weights(base_folder, data_folder, tmp_path, lora):
+    """transformers' own loading skips the hub's names in silence and would keep the weights in memory."""
+    flags = {"val_data": f"{data_folder}/val.jsonl", "eval_steps": 1, **(LORA if lora else {})}
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, **flags)
+    _, trainer = sft_trainer(settings)
+    train(trainer, settings.sft)
+    saved = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    with torch.no_grad():
+        for value in trainer.model.parameters():
+            value.add_(1.0)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    trainer._load_best_model()
+    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert trained
+    assert all(torch.equal(value, saved[name]) for name, value in trained.items())
+    longer = settings_for("sft", base_folder, data_folder, tmp_path, **{**flags, "max_steps": 3})
+    _, resumed = sft_trainer(longer)
+    train(resumed, longer.sft)
+    assert resumed.state.global_step == 3
+    assert [item["step"] for item in resumed.state.log_history if "loss" in item] == [1, 2, 3]
+
+
+def test_bad_rows_are_skipped_and_the_rest_is_trained_on(base_folder, data_folder, tmp_path, capsys):
+    rows = (data_folder / "train.jsonl").read_text().splitlines()
+    rows[3] = rows[3].replace(".jpg", ".gone.jpg")
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+    settings = settings_for("sft", base_folder, data_folder, tmp_path / "out", train_data=f"{tmp_path}/train.jsonl")
+    _, trainer = sft_trainer(settings)
+    assert "line 4, QnA[0]: missing image" in capsys.readouterr().out
+    assert set(trainer.train_dataset["line"]) == set(range(1, len(rows) + 1)) - {4}
+    assert (tmp_path / "out" / "bad_rows.jsonl").read_text() == rows[3] + "\n"
+
+
+def test_images_that_trl_drops_stop_the_run(base_folder, data_folder, tmp_path, monkeypatch):
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    monkeypatch.setattr(trainer, "_check", lambda rollouts: None)
+    roll_out = trainer.rollout_func
+
+    def lose_an_image_token(prompts, owner):
+        output = roll_out(prompts, owner)
+        pad = trainer.engine.renderer.ids["<|image_pad|>"]
+        place = output["prompt_ids"][0].index(pad)
+        output["prompt_ids"][0] = output["prompt_ids"][0][:place] + output["prompt_ids"][0][place + 1 :]
+        return output
+
+    trainer.rollout_func = lose_an_image_token
+    with pytest.raises(RuntimeError, match="TRL dropped the images of a batch"):
+        trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
