@@ -57,10 +57,7 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
         return _as_rgb(source)
     text = str(source)
     if text.startswith(("http://", "https://", "data:image")):
-        from qwen_vl_utils.vision_process import SPATIAL_MERGE_SIZE, fetch_image
-
-        # A factor of one pixel keeps the original size, in which boxes are given.
-        return fetch_image({"image": text, "max_pixels": 2**31}, image_patch_size=1 / SPATIAL_MERGE_SIZE)
+        return _as_rgb(_fetch(text))
     path = resolve_image_path(text, base)
     try:
         with Image.open(path) as image:
@@ -69,6 +66,17 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
         raise ValueError(f"missing image {text}") from None
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable image {text}: {error}") from None
+
+
+def _fetch(address: str) -> Image.Image:
+    """The image at a URL or in a data URI, in its original size."""
+    from qwen_vl_utils.vision_process import SPATIAL_MERGE_SIZE, fetch_image
+
+    try:
+        # A factor of one pixel keeps the original size, in which boxes are given.
+        return fetch_image({"image": address, "max_pixels": 2**31}, image_patch_size=1 / SPATIAL_MERGE_SIZE)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"unreadable image {address:.80}: {type(error).__name__}") from None
 
 
 def resolve_image_path(path: str, base: str | Path | None) -> Path:
@@ -250,9 +258,12 @@ class Renderer:
             if isinstance(part, str):
                 text += part
                 continue
-            _, region = resolve_box(part, size, self.contract.min_crop_side)
+            written = frame.to_model(part)  # its rounded numbers decide which region is cut
+            outcome, region = resolve_box(frame.to_original(written), size, self.contract.min_crop_side)
+            if region is None:
+                raise ValueError(f"{outcome} box {part.as_list()} in an image of {size[0]} x {size[1]}")
             crop = shown_crop_size(int(region.width), int(region.height), self.contract)
-            text += CALL_OPEN + format_box(frame.to_model(part)) + CALL_CLOSE
+            text += CALL_OPEN + format_box(written) + CALL_CLOSE
             total += image_token_count(*crop, self.contract) + 2
         return total + len(self.text_ids(text))
 

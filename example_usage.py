@@ -77,7 +77,7 @@ def check_data(demo: Path) -> None:
 
 def train_from_python(demo: Path) -> None:
     """A few steps of SFT with a LoRA adapter, from Python instead of the shell."""
-    from config import resolve_training
+    from command_line import resolve_training
     from train_sft import run_sft
 
     settings = resolve_training(
@@ -100,7 +100,7 @@ def train_from_python(demo: Path) -> None:
 
 def own_reward(demo: Path) -> None:
     """R-GRPO with a reward of one's own beside the built-in ones: here, short reasoning."""
-    from config import resolve_training
+    from command_line import resolve_training
     from model_utils import load_for_training
     from rewards import RewardPart, reward_parts
     from train_grpo import build_trainer

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import InferenceConfig, SettingsError, add_flags, build
-from conversation import Prompt, Renderer, load_image
+from command_line import add_flags
+from config import InferenceConfig, SettingsError, build
+from conversation import Prompt, Renderer, load_image, refuse_reserved
 from crop_tool import ToolCall
 from response_format import parse_response
 from traces import Trace, save_trace, trace_fragment
@@ -197,6 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = build(InferenceConfig, flags)
         image = load_image(image_path)
+        for question in questions:
+            refuse_reserved(question, "the question")
         inference = QwenVLInference(config)
         results = [inference.generate(image, questions[0])]
         for question in questions[1:]:

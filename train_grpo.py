@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import GRPOStageConfig, TrainingSettings, parse_training
+from command_line import parse_training
+from config import GRPOStageConfig, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from config import TrainingSettings, parse_training
+from command_line import parse_training
+from config import TrainingSettings
 
 
 def run_training(settings: TrainingSettings) -> Path:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import SFTStageConfig, TrainingSettings, parse_training
+from command_line import parse_training
+from config import SFTStageConfig, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
     from model_utils import LoadedModel
     from trainers import CropSFTTrainer
+
+
+# Batches of like length waste little on padding. Sorting by the exact length, though, fills a batch with near copies
+# (the same words, the same number of digits), and learning stalls: within a bucket the order is random.
+BUCKET_COLUMN, BUCKET_TOKENS = "length_bucket", 64
 
 
 def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
@@ -34,6 +40,7 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
+        "length_column_name": BUCKET_COLUMN,
         "per_device_eval_batch_size": config.per_device_train_batch_size,
     }
     if has_validation:
@@ -63,6 +70,7 @@ def build_trainer(
     renderer = Renderer(loaded.processor, loaded.contract)
     bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
     train = load_examples(data.train_data, data, renderer, bad_rows)
+    train = train.add_column(BUCKET_COLUMN, [length // BUCKET_TOKENS for length in train["length"]])
     validation = None
     if data.val_data is not None:
         validation = load_examples(data.val_data, data, renderer, f"{config.output_dir}/bad_rows_val.jsonl")

@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 
 import inference
-from config import (
-    DataConfig,
-    GRPOStageConfig,
-    InferenceConfig,
-    ModelConfig,
-    SFTStageConfig,
-    TrainingSettings,
-    build,
-    parse_training,
-)
+from command_line import parse_training
+from config import DataConfig, GRPOStageConfig, InferenceConfig, ModelConfig, SFTStageConfig, TrainingSettings, build
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))

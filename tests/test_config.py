@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 
 import config
-from config import (
-    SETTINGS_FILE,
-    InferenceConfig,
-    SettingsError,
-    build,
-    convert,
-    parse_pass_through,
-    parse_training,
-    resolve_training,
-    trl_field_names,
-)
+from command_line import parse_pass_through, parse_training, resolve_training
+from config import SETTINGS_FILE, InferenceConfig, SettingsError, build, convert, trl_field_names
 
 ROOT = Path(__file__).parent.parent
 BOTH = ("sft", "grpo")

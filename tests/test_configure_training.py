@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 import config
 import configure_training
 from configure_training import recommend
@@ -114,7 +115,7 @@ def test_shown_command_is_one_that_training_accepts(dataset_size, gpu_memory, tm
     monkeypatch.chdir(tmp_path)
     choice = recommend(dataset_size, gpu_memory)
     command = shlex.split(configure_training.training_command(choice, configure_training.PATHS))
-    settings = config.parse_training(command[2:], "")
+    settings = command_line.parse_training(command[2:], "")
     assert settings.model.model_name == choice.model_name
     assert settings.sft.learning_rate == float(choice.learning_rate)
     assert settings.grpo.learning_rate == 5e-6

@@ -12,7 +12,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 import demo_world
 import model_utils
-from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, SFTStageConfig, resolve_training
+from command_line import resolve_training
+from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, SFTStageConfig
 from conversation import Example, Renderer, model_inputs
 from crop_tool import CALL_CLOSE, CALL_OPEN, CropContract, shown_crop_size, shown_image_size
 from model_utils import (

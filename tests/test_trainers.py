@@ -10,7 +10,8 @@ import torch
 
 import train_grpo
 import train_sft
-from config import InferenceConfig, resolve_training
+from command_line import resolve_training
+from config import InferenceConfig
 from conversation import IGNORED
 from model_utils import is_adapter, load_for_inference, load_for_training
 from rewards import RewardPart

@@ -1,0 +1,148 @@
+"""The answering API and command: results, follow-ups, batches of mixed sizes, traces, bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+import demo_world
+import inference as command
+from config import InferenceConfig
+from inference import QwenVLInference
+
+QUESTION = "Which stripes are on the red square?"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(demo_world.draw_picture(3, 0).pixels)
+
+
+@pytest.fixture(scope="module")
+def answering(base_folder):
+    return QwenVLInference(InferenceConfig(str(base_folder), max_new_tokens=40, temperature=0.7))
+
+
+@pytest.fixture
+def looking(answering, monkeypatch):
+    """The same, with every answer led by a scripted text that looks twice, once in vain."""
+    script = (
+        "<think>\nhere <tool_call>[10, 10, 30, 40]</tool_call> and <tool_call>[9, 9, 1, 1]</tool_call>\n</think>\n\n"
+        "<answer>rising</answer><|im_end|>"
+    )
+    generate, ids = answering.engine.generate, answering.renderer.text_ids(script)
+
+    def scripted(prompts, sampling, **rest):
+        return generate(prompts, replace(sampling, max_new_tokens=100), forced=[ids] * len(prompts), **rest)
+
+    monkeypatch.setattr(answering.engine, "generate", scripted)
+    return answering
+
+
+def test_result_has_the_parts_of_the_answer_and_boxes_in_original_pixels(looking, picture):
+    result = looking.generate(image=picture, question=QUESTION)
+    assert result.answer_content == "rising"
+    assert result.think_content.startswith("here <tool_call>")
+    assert [call.outcome for call in result.tool_calls] == ["exact", "inverted"]
+    assert result.tool_calls[0].box.as_list() == [80, 80, 240, 320]  # 56 shown pixels stand for 448
+    assert [crop is not None for crop in result.crops] == [True, False]
+    assert result.finish_reason == "stop"
+
+
+def test_result_shows_itself_in_a_notebook(looking, picture):
+    html = looking.generate(picture, QUESTION)._repr_html_()
+    assert html.count("<img") == 2
+    assert "inverted" in html
+
+
+def test_batch_of_mixed_sizes_answers_each_as_if_alone(base_folder, picture):
+    asking = QwenVLInference(InferenceConfig(str(base_folder), max_new_tokens=20, temperature=0.0))
+    images = [picture, picture.resize((300, 200)), picture.crop((0, 0, 90, 400))]
+    questions = [QUESTION, "What?", "Which stripes are on the blue circle?"]
+    together = [result.text for result in asking.batch_generate(images, questions)]
+    assert together == [asking.generate(*pair).text for pair in zip(images, questions, strict=True)]
+
+
+def test_sampling_is_repeatable_and_temperature_counts(answering, picture):
+    first, again = (answering.generate(picture, QUESTION).text for _ in range(2))
+    assert first == again
+
+
+def test_follow_up_goes_on_with_image_and_crops_in_view(looking, picture, tmp_path):
+    first = looking.generate(picture, QUESTION)
+    second = looking.follow_up(first, "And below?")
+    assert len(second.prompt.images) == 2
+    assert second.prompt.ids[: len(first.prompt.ids)] == first.prompt.ids
+    second.save_trace(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "And below?" in page
+    assert QUESTION in page
+
+
+def test_calls_can_be_left_out_and_crops_switched_off(base_folder, picture):
+    quiet = QwenVLInference(InferenceConfig(str(base_folder), parse_tool_calls=False, max_new_tokens=5))
+    assert quiet.generate(picture, QUESTION).tool_calls == []
+    blind = QwenVLInference(InferenceConfig(str(base_folder), execute_crops=False, max_new_tokens=5))
+    assert blind.sampling.crops == "off"
+
+
+def test_images_and_questions_must_pair_up(answering, picture):
+    with pytest.raises(ValueError, match="1 images and 2 questions were given"):
+        answering.batch_generate([picture], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceConfig(**setting)
+
+
+def test_command_writes_json_and_trace_and_takes_follow_ups(base_folder, picture, tmp_path, capsys):
+    picture.save(tmp_path / "picture.png")
+    command.main(
+        [
+            *("--model_path", str(base_folder), "--image_path", f"{tmp_path}/picture.png", "--question", QUESTION),
+            *("--question", "And below?", "--max_new_tokens", "12", "--temperature", "0.7"),
+            *("--output_json", f"{tmp_path}/out/answer.json", "--save_trace", f"{tmp_path}/out/trace.html"),
+        ]
+    )
+    answers = json.loads((tmp_path / "out/answer.json").read_text())
+    assert [answer["question"] for answer in answers] == [QUESTION, "And below?"]
+    assert set(answers[0]) >= {"think_content", "answer_content", "tool_calls", "response", "finish_reason"}
+    assert (tmp_path / "out/trace.html").read_text().count(QUESTION) >= 1
+    assert "Answer:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image_path", "gone.png", "--question", "a"], "missing image gone.png"),
+        (
+            ["--image_path", "{picture}", "--question", "a", "--model_path", "/gone/model"],
+            "there is no model at /gone/model",
+        ),
+        (["--image_path", "{picture}", "--question", "a <|image_pad|>"], "reserved token"),
+        (["--image_path", "{picture}", "--question", "a", "--top_k", "x"], "top_k is 'x', but it must be a number"),
+    ],
+)
+def test_bad_input_ends_in_one_line_without_a_traceback(base_folder, picture, tmp_path, capsys, flags, message):
+    picture.save(tmp_path / "picture.png")
+    flags = [flag.format(picture=tmp_path / "picture.png") for flag in flags]
+    if "--model_path" not in flags:
+        flags += ["--model_path", str(base_folder)]
+    with pytest.raises(SystemExit) as stop:
+        command.main(flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

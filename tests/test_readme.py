@@ -1,0 +1,114 @@
+"""What the README says is so: its commands parse, its settings and files exist, its pieces of code run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import configure_training
+import data_utils
+import inference
+from command_line import parse_training
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STAGES = {"train_sft.py": ("sft",), "train_grpo.py": ("grpo",), "train_qwenvl_25.py": ()}
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for kind, text in fenced if kind == language]
+
+
+def commands() -> list[list[str]]:
+    """Every `python …` command of the README, continuation lines joined."""
+    text = "\n".join(blocks("")).replace("\\\n", " ")
+    lines = [line.removeprefix("$ ") for line in text.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working folder with the files that the README's commands name."""
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "outputs/sft/final_model").mkdir(parents=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("train", "val"):
+        (tmp_path / f"data/{name}.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_has_commands_for_every_door():
+    scripts = {command[0] for command in commands()}
+    doors = {
+        "train_qwenvl_25.py",
+        "train_sft.py",
+        "train_grpo.py",
+        "inference.py",
+        "configure_training.py",
+        "data_utils.py",
+    }
+    assert doors <= scripts
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_command_parses_as_written(command, project, capsys):
+    script, *flags = command
+    assert (ROOT / script).is_file()
+    if script in STAGES:
+        settings = parse_training(flags, "", STAGES[script])
+        assert settings.sft or settings.grpo
+    elif script == "inference.py":
+        assert inference._parser().parse_args(flags).image_path == "test_image.jpg"
+    elif script == "configure_training.py":
+        configure_training.main(flags)
+        assert "train_qwenvl_25.py" in capsys.readouterr().out
+    elif script == "data_utils.py":
+        assert data_utils.main(flags) == 1, "the row of the test's file is faulty"
+    else:
+        pytest.fail(f"no test for {script}")
+
+
+def test_settings_file_shown_is_the_one_in_configs():
+    shown = next(json.loads(block) for block in blocks("json") if "lora_alpha" in block)
+    assert shown == json.loads((ROOT / "configs/sft_config.json").read_text())
+
+
+def test_data_row_shown_is_sound_but_for_its_image(project):
+    row = next(block for block in blocks("json") if "QnA" in block)
+    (project / "data/train.jsonl").write_text(row)
+    from PIL import Image
+
+    target = project / "data/images" / json.loads(row)["image_path"]
+    target.parent.mkdir(parents=True)
+    Image.new("RGB", (640, 480)).save(target)
+    assert data_utils.main(["--check", "data/train.jsonl", "--image_base_path", "data/images"]) == 0
+
+
+def test_tree_names_every_file_and_no_other():
+    tree = next(block for block in blocks("") if "config.py " in block)
+    named = set(re.findall(r"[\w/]+\.py", tree))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_relative_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):
+    code = next(block for block in blocks("python") if "QwenVLInference" in block)
+    code = code.replace("outputs/grpo/final_model", str(base_folder)).replace("max_new_tokens=512", "max_new_tokens=8")
+    from PIL import Image
+
+    picture = Image.new("RGB", (200, 150), "red")
+    names = {"image": picture, "images": [picture] * 2, "questions": ["What?", "Where?"]}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["results"]) == 2
+    assert (project / "trace.html").is_file()
