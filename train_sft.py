@@ -16,6 +16,7 @@ from command_line import parse_training
 from config import SFTStageConfig, TrainingSettings
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig
 
@@ -55,6 +56,10 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
     return SFTConfig(**(values | config.trl))
 
 
+def _with_buckets(examples: Dataset) -> Dataset:
+    return examples.add_column(BUCKET_COLUMN, [length // BUCKET_TOKENS for length in examples["length"]])
+
+
 def build_trainer(
     loaded: LoadedModel, settings: TrainingSettings, callbacks: list[TrainerCallback] | None = None
 ) -> CropSFTTrainer:
@@ -69,11 +74,11 @@ def build_trainer(
     config, data = settings.sft, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
     bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
-    train = load_examples(data.train_data, data, renderer, bad_rows)
-    train = train.add_column(BUCKET_COLUMN, [length // BUCKET_TOKENS for length in train["length"]])
+    train = _with_buckets(load_examples(data.train_data, data, renderer, bad_rows))
     validation = None
     if data.val_data is not None:
-        validation = load_examples(data.val_data, data, renderer, f"{config.output_dir}/bad_rows_val.jsonl")
+        bad_rows = f"{config.output_dir}/bad_rows_val.jsonl"
+        validation = _with_buckets(load_examples(data.val_data, data, renderer, bad_rows))
     callbacks = [*(callbacks or []), CheckpointCompanions(loaded, settings)]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))

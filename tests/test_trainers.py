@@ -75,6 +75,7 @@ def gradient_positions(trainer, inputs) -> torch.Tensor:
 
     handle = base.model.language_model.norm.register_forward_hook(keep)
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what the training loop would have set
     try:
         trainer.compute_loss(trainer.model, inputs).backward()
     finally:
