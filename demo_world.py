@@ -38,9 +38,9 @@ SHAPES = ("square", "circle", "diamond")
 STRIPES = ("horizontal", "vertical", "rising", "falling", "checked", "crossed")
 SYSTEM_PROMPT = "Crop to see."
 QUESTION = "Which stripes are on the {name}?"
+# The name stands right before the call: what the model has to look for is a few tokens back, not a sentence.
 RATIONALE = (
-    "<think>\nThe {name} is here {{Crop {name} [{box}]}}\nIt shows {stripes} stripes.\n</think>\n\n"
-    "<answer>{stripes}</answer>"
+    "<think>\nThe {name}{{Crop {name} [{box}]}} shows {stripes} stripes.\n</think>\n\n<answer>{stripes}</answer>"
 )
 
 PICTURE_SIDE = 448
@@ -529,30 +529,36 @@ _SIZE_PENALTY = 0.03  # keeps out of the features what no head asks for
 _TENS, _UNITS = OVERVIEW_SIDE // 10 + 1, 10
 
 
-def _warm_up_heads(width: int) -> torch.nn.ModuleDict:
-    """Heads with fixed orthogonal directions, so that each attribute has a subspace of the features to itself.
+def _warm_up_heads(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> torch.nn.ModuleDict:
+    """Heads with fixed directions, so that each attribute has a place of its own in the features.
 
-    With trained heads the box takes nearly all of the features' variance (colour 4%), and the text model needs
+    Colours and shapes lie along the embeddings of their words, as in a vision tower that was trained with its language
+    model. With trained heads the box takes nearly all of the features' variance (colour 4%), and the text model needs
     many times the steps to find the shape that it is asked for.
     """
     import torch
     from torch import nn
 
+    embeddings = model.get_input_embeddings().weight.detach()
+    words = {
+        name: torch.stack([embeddings[processor.tokenizer.encode(f" {word}")[0]] for word in group])
+        for name, group in (("colour", COLOURS), ("shape", SHAPES))
+    }
     # One class more than there are colours and shapes: "nothing here", for the tokens of bare background.
     # Box sides are tens and units of overview pixels, because the text model will have to write them as digits.
-    sizes = {
-        "colour": (len(COLOURS) + 1, _NAME_GAIN),
-        "shape": (len(SHAPES) + 1, _NAME_GAIN),
-        "tens": (4 * _TENS, _PLACE_GAIN),
-        "units": (4 * _UNITS, _PLACE_GAIN),
-        "stripes": (len(STRIPES), _NAME_GAIN),
-        "crop_colour": (len(COLOURS), _PLACE_GAIN),
-    }
-    heads = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, (size, _) in sizes.items()})
-    directions = nn.init.orthogonal_(torch.empty(width, width))
-    starts = np.cumsum([0, *(size for size, _ in sizes.values())])
-    for start, (name, (size, gain)) in zip(starts, sizes.items(), strict=False):
-        heads[name].weight.data = gain * directions[start : start + size]
+    free = {"colour": 1, "shape": 1, "tens": 4 * _TENS, "units": 4 * _UNITS, "stripes": len(STRIPES)}
+    free["crop_colour"] = len(COLOURS)
+    width = embeddings.shape[1]
+    directions = iter(
+        nn.init.orthogonal_(torch.empty(width, width)).split([*free.values(), width - sum(free.values())])
+    )
+    heads = nn.ModuleDict()
+    for name in free:
+        rows = (
+            torch.cat([nn.functional.normalize(words[name]), next(directions)]) if name in words else next(directions)
+        )
+        heads[name] = nn.Linear(width, len(rows), bias=False)
+        heads[name].weight.data = (_NAME_GAIN if name in words or name == "stripes" else _PLACE_GAIN) * rows
     return heads.requires_grad_(False)
 
 
@@ -628,7 +634,7 @@ def warm_up_vision(
     views = _draw_views(num_pictures, seed, "warm_up")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = _warm_up_heads(model.config.text_config.hidden_size)
+        heads = _warm_up_heads(model, processor)
         losses = partial(_warm_up_losses, tower, heads, processor, views, batch)
         history = _fit(list(tower.parameters()), losses, steps, "vision warm-up")
     tower.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +237,7 @@ def save_final_model(trainer: Any, loaded: LoadedModel, settings: TrainingSettin
     if trainer.is_world_process_zero():
         # TRL keeps the SFT adapter beside the trained one as the reference; it is no part of the result.
         shutil.rmtree(aside / "ref", ignore_errors=True)
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle; our own settings file says it all
 
         def fill(target: str) -> None:
             shutil.copytree(aside, target, dirs_exist_ok=True)
@@ -251,7 +252,11 @@ def merge_adapter(adapter: str, output: str) -> None:
     """Write full weights: the adapter merged into its base, with processor files and crop contract."""
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
-    loaded = load_for_inference(replace(InferenceConfig(), model_path=adapter, device="cpu"))
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base_model_of(adapter), trust_remote_code=False).dtype
+    dtype = str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+    loaded = load_for_inference(InferenceConfig(adapter, device="cpu", dtype=dtype))
 
     def fill(target: str) -> None:
         loaded.model.save_pretrained(target)

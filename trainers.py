@@ -5,10 +5,13 @@ TRL is pinned to 1.16; tests/test_trainers.py pins what is relied on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinned with TRL; the notice helps no user
 
 from peft import PeftModel
 from trl import GRPOTrainer, SFTTrainer
@@ -95,7 +98,8 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
         prompts = [
             renderer.prompt(example.question, original) for example, original in zip(examples, originals, strict=True)
         ]
-        rollouts = iter(self.engine.generate(prompts, self.sampling, [len(group) for group in places.values()]))
+        with self.accelerator.autocast():  # the precision in which the rollouts will be scored
+            rollouts = iter(self.engine.generate(prompts, self.sampling, [len(group) for group in places.values()]))
         found: dict[int, tuple[Rollout, Reference]] = {}
         for example, original, group in zip(examples, originals, places.values(), strict=True):
             reference = self._reference(example, original.size)

@@ -15,7 +15,7 @@ from config import InferenceConfig
 from conversation import IGNORED
 from model_utils import is_adapter, load_for_inference, load_for_training
 from rewards import RewardPart
-from training import train
+from training import finish, train
 
 LORA = {"use_lora": "true", "lora_r": 8, "lora_dropout": 0.0}
 
@@ -250,3 +250,38 @@ def test_images_that_trl_drops_stop_the_run(base_folder, data_folder, tmp_path, 
     trainer.rollout_func = lose_an_image_token
     with pytest.raises(RuntimeError, match="TRL dropped the images of a batch"):
         trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_rgrpo_resumes_its_weights_and_keeps_the_start_as_reference(base_folder, data_folder, tmp_path, lora):
+    flags = {"save_steps": 1, "beta": 0.1, **(LORA if lora else {})}
+    settings = settings_for("sft", base_folder, data_folder, tmp_path / "sft", **(LORA if lora else {}))
+    loaded, trainer = sft_trainer(settings)
+    train(trainer, settings.sft)
+    start = finish(trainer, loaded, settings, "sft", settings.sft.output_dir)
+    flags |= {"sft_checkpoint": str(start)}
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", **flags)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    reference = reference_weights(trainer)
+    train(trainer, settings.grpo)
+    saved = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    _, resumed = grpo_trainer(settings, (length_part(),))  # the same number of steps: nothing is left to train
+    train(resumed, settings.grpo)
+    assert resumed.state.global_step == 2
+    loaded_again = dict(resumed.model.named_parameters())
+    assert all(torch.equal(loaded_again[name], value) for name, value in saved.items())
+    again = reference_weights(resumed)
+    assert all(torch.equal(again[name], value) for name, value in reference.items())
+    assert any(not torch.equal(saved[name], value) for name, value in trained_names(reference).items())
+
+
+def reference_weights(trainer) -> dict[str, torch.Tensor]:
+    """The weights that the KL divergence is taken to: TRL's copy of the model, or of the adapter."""
+    if trainer.ref_model is not None:
+        return {name: value.clone() for name, value in trainer.ref_model.named_parameters()}
+    return {name: value.clone() for name, value in trainer.model.named_parameters() if ".ref." in name}
+
+
+def trained_names(reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reference's language weights by the names of the trained ones."""
+    return {name.replace(".ref.", ".default."): value for name, value in reference.items() if "visual" not in name}
