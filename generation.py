@@ -231,7 +231,8 @@ class CropEngine:
             tokens = allowed.argmax(-1)
         else:
             uniforms = [row.uniforms[min(row.sampled, row.budget - 1)] for row in state.rows]
-            tokens = sample(allowed, torch.tensor(uniforms, device=logits.device), sampling.top_k, sampling.top_p)
+            drawn = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)  # float32 rounds up to 1.0
+            tokens = sample(allowed, drawn, sampling.top_k, sampling.top_p)
         for number, row in enumerate(state.rows):
             if row.forced is not None and row.sampled < len(row.forced):
                 tokens[number] = row.forced[row.sampled]
