@@ -94,7 +94,7 @@ def training_parser(description: str, stages: tuple[str, ...]) -> argparse.Argum
 
 
 # In `--stage both` these belong to SFT alone when they come without a prefix.
-SFT_ONLY_IN_BOTH = ("learning_rate", "num_train_epochs", "output_dir")
+SFT_ONLY_IN_BOTH = ("learning_rate", "num_train_epochs")
 
 
 def split_stage_flags(flags: dict[str, Any], stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -113,6 +113,10 @@ def split_stage_flags(flags: dict[str, Any], stages: tuple[str, ...]) -> dict[st
             prefixed[stage][ALIASES.get(name, name)] = value
             continue
         flag = ALIASES.get(flag, flag)
+        if len(stages) == 2 and flag == "output_dir":
+            raise SettingsError(
+                "--output_dir would be that of both stages: give --sft_output_dir and --grpo_output_dir"
+            )
         if len(stages) == 2 and flag in SFT_ONLY_IN_BOTH:
             readers = ["sft"]
         if not readers:
@@ -136,6 +140,12 @@ def parse_training(argv: list[str] | None, description: str, stages: tuple[str, 
     parser = training_parser(description, stages or tuple(STAGES))
     if not stages:
         parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run [both]")
+        parser.add_argument(
+            "--demo",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="train the embedded default instead (demo.py)",
+        )
     known, rest = parser.parse_known_args(argv)
     flags = vars(known)
     if not stages:
@@ -203,6 +213,16 @@ def _fill_paths(settings: TrainingSettings, files: dict, own: dict) -> TrainingS
 # --------------------------------------------------------------------------------------- contradictions
 
 
+# Settings of TRL that this project decides by itself, or whose work its own code does.
+RESERVED = {"dataset_kwargs", "remove_unused_columns", "max_length", "packing", "padding_free", "model_init_kwargs"}
+RESERVED_IN = {
+    "sft": {"assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_num_proc", "eos_token"}
+    | {"pad_token", "chat_template_path", "eval_packing", "packing_strategy", "truncation_mode", "pad_to_multiple_of"},
+    "grpo": {"use_vllm", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"}
+    | {"use_transformers_continuous_batching", "chat_template_kwargs", "reward_weights"},
+}
+
+
 def check_settings(settings: TrainingSettings, flags: dict[str, dict[str, Any]]) -> None:
     """Refuse what cannot work, with what was given and what to do. Looks at names and files, loads nothing."""
     for path, name in ((settings.data.train_data, "train_data"), (settings.data.val_data, "val_data")):
@@ -224,6 +244,8 @@ def check_settings(settings: TrainingSettings, flags: dict[str, dict[str, Any]])
 def _check_stage(stage: str, config: StageConfig, flags: dict[str, Any]) -> None:
     require(not (config.bf16 and config.fp16), f"{stage}: bf16 and fp16 were both given; choose one")
     require(config.learning_rate > 0, f"{stage}: learning_rate is {config.learning_rate}, but it must be over 0")
+    require(0 <= config.warmup_ratio < 1, f"{stage}: warmup_ratio is {config.warmup_ratio}, but it is a share: 0 to 1")
+    require(0 <= config.lora_dropout < 1, f"{stage}: lora_dropout is {config.lora_dropout}, but it must be in [0, 1)")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"):
         require(
             getattr(config, name) >= 1,
@@ -236,20 +258,15 @@ def _check_stage(stage: str, config: StageConfig, flags: dict[str, Any]) -> None
     if not config.use_lora:
         given = [name for name in ("lora_r", "lora_alpha", "lora_dropout") if name in flags]
         require(not given, f"{stage}: {', '.join(given)} was given, but LoRA is off: add --use_lora")
-    reserved = {
-        "dataset_kwargs",
-        "remove_unused_columns",
-        "max_length",
-        "packing",
-        "padding_free",
-        "model_init_kwargs",
-    }
+    reserved = RESERVED | RESERVED_IN[stage]
     taken = sorted(reserved & set(config.trl))
     require(not taken, f"{stage}: {', '.join(taken)} is set by this project and cannot be passed on to TRL")
 
 
 def _check_grpo(settings: TrainingSettings) -> None:
     grpo = settings.grpo
+    for name, least in (("rollout_batch_size", 1), ("max_completion_length", 1), ("max_crops", 0), ("beta", 0)):
+        require(getattr(grpo, name) >= least, f"{name} is {getattr(grpo, name)}, but it must be at least {least}")
     require(grpo.num_generations >= 2, f"num_generations is {grpo.num_generations}, but a group needs at least 2")
     require(grpo.temperature > 0, f"temperature is {grpo.temperature}, but rollouts must be sampled (over 0)")
     weights = (grpo.global_reward_weight, grpo.region_reward_weight)

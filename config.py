@@ -46,9 +46,7 @@ class DataConfig:
     image_base_path: str = setting("data/images", "folder that image_path is relative to; no image outside it")
     answer_key: str = setting("A3", "key of the annotated answer in each QnA entry")
     max_length: int = setting(8192, "longest example in tokens, image tokens included")
-    overlong: Literal["skip", "cut"] = setting(
-        "skip", "longer examples: skip the row, or cut it at a segment border (never inside a crop)"
-    )
+    overlong: Literal["skip", "cut"] = setting("skip", "longer examples: skip the row, or cut it (never inside a crop)")
     min_box_side: int = setting(28, "smallest annotated box, original pixels; rows with a smaller one are faults")
     num_proc: int = setting(1, "processes that check the data at start-up")
     bad_rows_file: str | None = setting(None, "where faulty rows are written [<output_dir>/bad_rows.jsonl]")
@@ -85,7 +83,7 @@ class StageConfig:
     lora_alpha: int | None = setting(None, "LoRA scale [2 x lora_r]")
     lora_dropout: float = setting(0.1, "dropout in front of the adapter")
     logging_steps: float = setting(10, "optimizer steps between two log lines")
-    save_steps: float = setting(500, "optimizer steps between two checkpoints")
+    save_steps: float = setting(0.1, "optimizer steps between two checkpoints; under 1: a share of all steps")
     save_total_limit: int = setting(3, "checkpoints kept")
     seed: int = setting(42, "seed of weights, order and sampling")
     resume: bool = setting(True, "go on from the newest checkpoint in output_dir, where there is one")
@@ -104,7 +102,9 @@ class SFTStageConfig(StageConfig):
     early_stopping_patience: int | None = setting(
         None, "stop after so many evaluations without a better validation loss [off]"
     )
-    eval_steps: float = setting(500, "optimizer steps between two evaluations on the validation data")
+    eval_steps: float = setting(
+        0.1, "optimizer steps between two evaluations on the validation data; under 1: a share of all steps"
+    )
 
 
 @dataclass(frozen=True)

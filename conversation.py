@@ -212,8 +212,9 @@ class Renderer:
         # The template puts a default system turn in front of a conversation that has none.
         turn = text[text.index("<|im_start|>user") :]
         done = list(completion_ids)
-        if not done or done[-1] != self.ids[END_OF_TURN]:
-            done.append(self.ids[END_OF_TURN])
+        if done and done[-1] in (self.ids[END_OF_TURN], self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            done.pop()
+        done.append(self.ids[END_OF_TURN])
         return Prompt(prompt.ids + done + self.text_ids("\n" + turn), tuple(images), prompt.original)
 
     def encode(self, example: Example, original: Image.Image) -> EncodedExample:
@@ -275,7 +276,7 @@ def refuse_reserved(text: str, what: str) -> None:
 
 
 def cut_to_length(encoded: EncodedExample, renderer: Renderer, max_length: int) -> EncodedExample:
-    """Cut at the last segment border that fits: whole crop blocks stay or go, with their images.
+    """Cut the end off: text at a token, never inside a crop block; blocks that go take their images along.
 
     Raises:
         ValueError: where not even the prompt and one token of the response fit.

@@ -30,7 +30,7 @@ SYSTEM_PROMPTS = {
 }
 
 # Plain decimals only: no exponents, no unicode digits, no nan; the lengths bound what float() is given.
-_NUMBER = r"[+-]?[0-9]{1,7}(?:\.[0-9]{1,6})?"
+_NUMBER = r"[+-]?[0-9]{1,7}(?:\.[0-9]{1,20})?"
 _BOX = re.compile(r"\s*\[\s*" + r"\s*,\s*".join([f"({_NUMBER})"] * 4) + r"\s*\]\s*")
 # A call runs from the last opening tag before a closing one, which is also how the engine reads tokens.
 CALL_PATTERN = re.compile(rf"{CALL_OPEN}((?:(?!{CALL_OPEN}).)*?){CALL_CLOSE}", re.DOTALL)

@@ -227,7 +227,7 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
     fingerprint = Hasher.hash(
         [
             *(os.path.abspath(path), about.st_size, about.st_mtime_ns, images_state(checker)),
-            *(repr(data), repr(contract), vocabulary, rules),
+            *(repr(replace(data, bad_rows_file=None, val_data=None, num_proc=1)), repr(contract), vocabulary, rules),
         ]
     )
     if os.path.getsize(path) == 0:

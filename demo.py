@@ -55,7 +55,6 @@ class DemoPlan:
             "sft_adam_beta2": 0.98,
             "sft_dataloader_num_workers": 1,
             "sft_dataloader_persistent_workers": "true",
-            "sft_eval_steps": self.sft_steps // 4,
             "grpo_max_steps": self.grpo_steps,
             "grpo_batch_size": 128,
             "grpo_gradient_accumulation_steps": 1,
@@ -65,7 +64,6 @@ class DemoPlan:
             "grpo_warmup_ratio": 0.05,
             "beta": 0.02,
             "max_completion_length": 64,
-            "grpo_save_steps": self.grpo_steps,
             "grpo_logging_steps": 5,
             "gradient_checkpointing": "false",
         }
@@ -225,11 +223,21 @@ def stage_seconds(folder: Path) -> float:
     return next(item["train_runtime"] for item in reversed(log["history"]) if "train_runtime" in item)
 
 
+def clear(folder: Path) -> None:
+    """Make the demo's folder anew; a folder that is not the demo's own is left alone."""
+    marker = folder / ".made-by-demo"
+    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
+        raise SystemExit(f"demo.py: {folder} exists and is not the demo's: give --output an empty or new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+
+
 def run_demo(folder: Path, plan: DemoPlan, seed: int) -> dict[str, Any]:
     """Make the world, train both stages with the ordinary command, and measure; returns the metrics."""
     from visualize import plot_training_curves
 
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     seconds, started = {}, time.perf_counter()
     make_world(folder, plan, seed)
     seconds["set_up"] = time.perf_counter() - started

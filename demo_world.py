@@ -701,6 +701,10 @@ def assert_no_leak(report: LeakReport) -> None:
     """Raise if the overview tells the stripes: five standard deviations above chance, 0.23 for 900 shapes."""
     chance = 1 / len(STRIPES)
     limit = chance + 5 * (chance * (1 - chance) / report.num_shapes) ** 0.5
+    if report.crop_accuracy < 0.5:
+        raise ValueError(
+            f"the probe reads only {report.crop_accuracy:.1%} of the crops: it proves nothing, train it longer"
+        )
     if report.overview_accuracy > limit:
         raise ValueError(
             f"the overview alone names the stripes on {report.overview_accuracy:.1%} of {report.num_shapes} "

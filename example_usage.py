@@ -127,7 +127,7 @@ def own_reward(demo: Path) -> None:
     config = settings.grpo
     loaded = load_for_training(settings.model, settings.data, config, config.sft_checkpoint)
     trainer = build_trainer(loaded, settings, (*reward_parts("balanced"), RewardPart("brevity", brevity, 0.2)))
-    train(trainer, config)
+    train(trainer, settings, "grpo")
     print({key: value for key, value in trainer.state.log_history[0].items() if key.startswith("rewards/")})
 
 

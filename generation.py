@@ -169,6 +169,7 @@ class CropEngine:
                 on_finish(finished)
             state = self._compact(state)
             if state.rows:
+                self._close_holes(state)
                 self._advance(state)
         return [self._rollout(row) for row in rows]
 
@@ -344,6 +345,23 @@ class CropEngine:
             next_position=state.next_position[chosen],
             logits=state.logits[chosen.to(state.logits.device)],
         )
+
+    @staticmethod
+    def _close_holes(state: _State) -> None:
+        """Drop the columns that waiting and crop blocks of other rows have left, once they are half of the cache.
+
+        Each row's slots move right, in order; RoPE is inside the keys already, so slots may move.
+        """
+        longest = int(state.mask.sum(1).max())
+        if 2 * longest >= state.mask.shape[1]:
+            return
+        order = state.mask.argsort(dim=1, stable=True)[:, -longest:]  # (rows, longest): holes first, so they go
+        state.mask = state.mask.gather(1, order)
+        for layer in state.cache.layers:
+            index = order.to(layer.keys.device)[:, None, :, None]
+            size = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys = layer.keys.gather(2, index.expand(size))
+            layer.values = layer.values.gather(2, index.expand(size))
 
     def _rollout(self, row: _Row) -> Rollout:
         ends = row.finish_reason == "stop"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
-from crop_tool import CALL_CLOSE, CALL_OPEN, MAX_ASPECT_RATIO, CropContract
+from crop_tool import CALL_CLOSE, CALL_OPEN, CONTRACT_FILE, MAX_ASPECT_RATIO, CropContract
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +38,29 @@ class LoadedModel:
     contract: CropContract
 
 
-def is_adapter(folder: str | Path) -> bool:
-    return Path(folder, "adapter_config.json").is_file()
+def companion(model: str | Path, name: str) -> Path | None:
+    """The file `name` of a model, in its folder or fetched from the hub; None where the model has none."""
+    if Path(model).is_dir():
+        path = Path(model, name)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    silent = ("gated_repo", "missing_entries", "connection_errors")
+    found = cached_file(str(model), name, **{f"_raise_exceptions_for_{reason}": False for reason in silent})
+    return Path(found) if found is not None else None
 
 
-def base_model_of(folder: str | Path) -> str:
-    """The model that an adapter folder was trained on."""
-    return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+def is_adapter(model: str | Path) -> bool:
+    return companion(model, "adapter_config.json") is not None
+
+
+def base_model_of(adapter: str | Path) -> str:
+    """The model that an adapter was trained on."""
+    return _adapter_config(adapter)["base_model_name_or_path"]
+
+
+def _adapter_config(adapter: str | Path) -> dict[str, Any]:
+    return json.loads(companion(adapter, "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def load_contract(path: str, given: dict[str, Any], factor: int) -> CropContract:
@@ -54,9 +70,9 @@ def load_contract(path: str, given: dict[str, Any], factor: int) -> CropContract
         SettingsError: for a given setting that contradicts the saved contract, or cannot be.
     """
     try:
-        saved = CropContract.load(path)
-        if saved is not None:
-            return saved.with_settings(given, source=path)
+        file = companion(path, CONTRACT_FILE)
+        if file is not None:
+            return CropContract.load(file.parent).with_settings(given, source=path)
         return CropContract(**given, factor=factor)
     except ValueError as error:
         raise SettingsError(str(error)) from None
@@ -104,23 +120,23 @@ def add_tool_tokens(model: PreTrainedModel, processor: Qwen2_5_VLProcessor, use_
 # -------------------------------------------------------------------------------------------------- load
 
 
-def resolve_attention(choice: str) -> str:
-    """`auto`: flash-attn where it is installed and a GPU is there, else torch's own sdpa."""
+def resolve_attention(choice: str, half: bool) -> str:
+    """`auto`: flash-attn where it is installed and usable (half precision on a GPU), else torch's own sdpa."""
     import torch
 
     if choice != "auto":
         return choice
-    usable = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    usable = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if usable else "sdpa"
 
 
-def load_weights(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool) -> PreTrainedModel:
     """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     _require_exists(path)
     settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
-    chosen = resolve_attention(attention)
+    chosen = resolve_attention(attention, half)
     try:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
     except ImportError as error:
@@ -146,6 +162,7 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
 
     An adapter is trained on as an adapter, whatever `use_lora` says; merge it first to train full weights.
     """
+    import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
 
@@ -154,15 +171,32 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
     on_adapter = is_adapter(start)
     base = base_model_of(start) if on_adapter else start
     dtype = training_dtype(model_config, stage, on_adapter or stage.use_lora)
-    model = load_weights(base, dtype, model_config.attn_implementation)
+    half = dtype != torch.float32 or stage.bf16 or stage.fp16
+    model = load_weights(base, dtype, model_config.attn_implementation, half)
     add_tool_tokens(model, processor, on_adapter or stage.use_lora)
     if on_adapter:
+        _check_adapter(start, stage)
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
     elif stage.use_lora:
         model = get_peft_model(model, lora_config(LoraConfig, model_config, stage))
     elif model_config.freeze_vision:
         model.model.visual.requires_grad_(False)
     return LoadedModel(model, processor, contract)
+
+
+def _check_adapter(folder: str, stage: StageConfig) -> None:
+    """An adapter keeps its own rank and scale: settings that say otherwise would be read by nobody."""
+    _require_safetensors(folder)
+    saved = _adapter_config(folder)
+    given = {"lora_r": stage.lora_r, "lora_alpha": stage.alpha}
+    kept = {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]}
+    if stage.use_lora and given != kept:
+        raise SettingsError(f"{folder} is an adapter with {kept}, but {given} was set: leave the LoRA settings out")
+
+
+def _require_safetensors(folder: str) -> None:
+    if companion(folder, "adapter_model.safetensors") is None:
+        raise SettingsError(f"{folder} has no adapter_model.safetensors: weights in a pickle are not loaded")
 
 
 def lora_config(lora: type, model_config: ModelConfig, stage: StageConfig) -> Any:
@@ -188,13 +222,19 @@ def load_for_inference(config: InferenceConfig) -> LoadedModel:
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
     else:
-        dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = (
+            torch.bfloat16
+            if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     on_adapter = is_adapter(config.model_path)
     base = base_model_of(config.model_path) if on_adapter else config.model_path
-    model = load_weights(base, dtype, config.attn_implementation)
+    half = dtype != torch.float32 and device.startswith("cuda")
+    model = load_weights(base, dtype, config.attn_implementation, half).to(device)
     if on_adapter:
+        _require_safetensors(config.model_path)
         model = PeftModel.from_pretrained(model, config.model_path).merge_and_unload()
-    return LoadedModel(model.to(device).eval(), processor, contract)
+    return LoadedModel(model.eval(), processor, contract)
 
 
 # -------------------------------------------------------------------------------------------------- save
@@ -233,6 +273,9 @@ def save_companions(
 def save_final_model(trainer: Any, loaded: LoadedModel, settings: TrainingSettings, folder: str | Path) -> None:
     """Save a trainer's model on every process; the main one adds the companions and puts it in place."""
     aside = Path(folder).with_name(f".{Path(folder).name}.weights")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed run may have left
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(aside))
     if trainer.is_world_process_zero():
         # TRL keeps the SFT adapter beside the trained one as the reference; it is no part of the result.

@@ -41,6 +41,8 @@ def grpo_arguments(config: GRPOStageConfig, reward_weights: list[float]) -> GRPO
         "scale_rewards": "group",
         "remove_unused_columns": False,
         "log_multimodal": False,
+        # TRL scores in training mode: with LoRA's dropout the log-probs would not be those of the rollout.
+        "disable_dropout": True,
     }
     return GRPOConfig(**(values | config.trl))
 
@@ -88,7 +90,13 @@ def build_trainer(
         processing_class=loaded.processor,
         callbacks=[*(callbacks or []), CheckpointCompanions(loaded, settings)],
         engine=CropEngine(loaded.model, renderer, config.rollout_batch_size),
-        sampling=SamplingParams(config.max_completion_length, config.temperature, max_crops=config.max_crops),
+        sampling=SamplingParams(
+            config.max_completion_length,
+            config.temperature,
+            top_p=config.trl.get("top_p", 1.0),
+            top_k=config.trl.get("top_k", 0),
+            max_crops=config.max_crops,
+        ),
         image_base=data.image_base_path,
     )
 
@@ -101,14 +109,18 @@ def _with_prompt(columns: dict[str, list]) -> dict[str, list]:
 def run_grpo(settings: TrainingSettings) -> Path:
     """Train stage 2; returns the folder of the final model."""
     from model_utils import load_for_training
-    from training import announce, finish, train
+    from training import begin, finish, train
 
     config = settings.grpo
-    announce("stage 2: R-GRPO", settings)
+    final = begin("stage 2: R-GRPO", settings, "grpo")
+    if final is not None:
+        return final
+    if settings.sft is None and settings.data.val_data is not None:
+        print("val_data is for SFT's validation loss; R-GRPO does not read it")
     start = config.sft_checkpoint or settings.model.model_name
     loaded = load_for_training(settings.model, settings.data, config, start)
     trainer = build_trainer(loaded, settings)
-    train(trainer, config)
+    train(trainer, settings, "grpo")
     return finish(trainer, loaded, settings, "grpo", config.output_dir)
 
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     if "--demo" in argv:
         from demo import main as run_demo
 
-        run_demo([argument for argument in argv if argument not in ("--demo", "--stage", "both")])
+        run_demo([argument for argument in argv if argument not in ("--demo", "--stage", "both", "--stage=both")])
         return
     settings = parse_training(argv, (__doc__ or "").split("\n")[0])
     if settings.sft is not None and settings.grpo is not None:

@@ -49,7 +49,6 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
             "eval_strategy": "steps",
             "eval_steps": config.eval_steps,
             "load_best_model_at_end": True,
-            "save_steps": config.eval_steps,  # the best checkpoint must have been evaluated
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
@@ -96,13 +95,15 @@ def build_trainer(
 def run_sft(settings: TrainingSettings) -> Path:
     """Train stage 1; returns the folder of the final model."""
     from model_utils import load_for_training
-    from training import announce, finish, train
+    from training import begin, finish, train
 
     config = settings.sft
-    announce("stage 1: SFT", settings)
+    final = begin("stage 1: SFT", settings, "sft")
+    if final is not None:
+        return final
     loaded = load_for_training(settings.model, settings.data, config, settings.model.model_name)
     trainer = build_trainer(loaded, settings)
-    train(trainer, config)
+    train(trainer, settings, "sft")
     return finish(trainer, loaded, settings, "sft", config.output_dir)
 
 

@@ -16,6 +16,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinn
 from peft import PeftModel
 from trl import GRPOTrainer, SFTTrainer
 
+from config import SettingsError
 from conversation import Example, check_image_tokens, load_image
 from crop_tool import resolve_box
 from data_utils import as_example
@@ -69,6 +70,11 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        stage_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self.is_fsdp_enabled or stage_3:
+            raise SettingsError(
+                "R-GRPO's rollouts need whole weights on each process: use DDP or ZeRO-2 instead of FSDP or ZeRO-3"
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL writes the reward columns into the rows it is given, and G rows may be one and the same dict.
@@ -134,9 +140,10 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
             response = parse_response(rollout.text, rollout.tool_calls)
             for name, value in call_statistics(response, reference).items():
                 totals[name].append(value)
-        calls = max(1.0, sum(totals["calls"]))
-        for name in ("invalid", "repeated", "whole_image", "after_answer"):
-            self._log_metric(f"crops/{name}", sum(totals[name]) / calls)
+        calls = sum(totals["calls"])
+        if calls:  # a process without calls has no share to report
+            for name in ("invalid", "repeated", "whole_image", "after_answer"):
+                self._log_metric(f"crops/{name}", sum(totals[name]) / calls)
         self._log_metric("crops/per_rollout", sum(totals["executed"]) / len(pairs))
         self._log_metric("crops/no_call", sum(totals["no_call"]) / len(pairs))
         known = [value for value in totals["iou"] if value == value]  # nan: no annotated box

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from config import SettingsError, StageConfig, TrainingSettings
+from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings
 from model_utils import LoadedModel, save_companions, save_final_model
 from visualize import plot_training_curves
 
@@ -56,21 +56,91 @@ class CheckpointCompanions(TrainerCallback):
             save_companions(folder, self.loaded.processor, self.loaded.contract, self.settings)
 
 
-def announce(title: str, settings: TrainingSettings) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"\n=== {title} ===\n{settings.table()}", flush=True)
+# Settings that may change between an interrupted run and its resumption.
+FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "resume"}
+FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
 
 
-def train(trainer: Trainer, config: StageConfig) -> None:
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
+    """Announce a stage and check what does not need a model; the final model where the stage is finished already."""
+    config = getattr(settings, stage)
+    if is_main_process():
+        print(f"\n=== {title} ===", flush=True)
+    _check_precision(config)
+    log = Path(config.output_dir, LOG_FILE)
+    final = Path(config.output_dir, "final_model")
+    if not (config.resume and log.is_file() and final.is_dir()):
+        return None
+    if json.loads(log.read_text(encoding="utf-8"))["settings"] != _stage_settings(settings, stage):
+        return None
+    print(f"{final} was made with the same settings: nothing to do (--resume false trains it anew)")
+    return final
+
+
+def _check_precision(config: StageConfig) -> None:
+    on_gpu = torch.cuda.is_available()
+    if (config.bf16 or config.fp16) and not on_gpu and not config.trl.get("use_cpu"):
+        given = "bf16" if config.bf16 else "fp16"
+        raise SettingsError(f"{given} was given, but there is no GPU here: leave --{given} out")
+
+
+def _stage_settings(settings: TrainingSettings, stage: str) -> dict[str, Any]:
+    """All that shaped a stage's result, as it reads back from JSON."""
+    values = dataclasses.asdict(settings)
+    return json.loads(json.dumps({name: values[name] for name in ("model", "data", stage)}))
+
+
+def check_resumable(checkpoint: str, settings: TrainingSettings, stage: str) -> None:
+    """A checkpoint of another run must not be gone on from in silence.
+
+    Raises:
+        SettingsError: naming the settings that differ.
+    """
+    path = Path(checkpoint, SETTINGS_FILE)
+    if not path.is_file():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    differing = []
+    for name, values in _stage_settings(settings, stage).items():
+        flat = {**values, **values.pop("trl", {})}
+        before = saved.get(name) or {}
+        before = {**before, **before.pop("trl", {})}
+        keys = sorted((flat.keys() | before.keys()) - FREE_SETTINGS)
+        differing += [
+            f"{key} ({before.get(key)} -> {flat.get(key)})" for key in keys if flat.get(key) != before.get(key)
+        ]
+    if differing:
+        raise SettingsError(
+            f"{checkpoint} is of a run with other settings: {', '.join(differing)}. Give another output folder, or "
+            "--resume false to start anew."
+        )
+
+
+def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     """Train, from the newest checkpoint in the output folder where there is one and `resume` is on."""
+    config = getattr(settings, stage)
     model, output = trainer.model, Path(config.output_dir)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in counts), sum(n for n, grad in counts if grad)
     attention = model.config._attn_implementation
-    print(f"{trained:,} of {total:,} parameters train; {attention} attention; device {trainer.args.device}")
+    if is_main_process():
+        print(f"{trained:,} of {total:,} parameters train; {attention} attention; device {trainer.args.device}")
     checkpoint = get_last_checkpoint(str(output)) if config.resume and output.is_dir() else None
-    if checkpoint is not None:
-        print(f"resuming from {checkpoint}")
+    if checkpoint is None:
+        trainer.train()
+        return
+    check_resumable(checkpoint, settings, stage)
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    if 0 < trainer.args.max_steps <= state.global_step:  # transformers would train one step more
+        print(f"{checkpoint} is the end of the run: nothing is left to train")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+        return
+    print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -80,7 +150,7 @@ def finish(trainer: Trainer, loaded: LoadedModel, settings: TrainingSettings, st
     save_final_model(trainer, loaded, settings, folder)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
-        log = {"settings": dataclasses.asdict(settings), "history": history}
+        log = {"settings": _stage_settings(settings, stage), "history": history}
         Path(output_dir, LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
         plot_training_curves({stage: history}, Path(output_dir, CURVES_FILE))
         print(f"saved {folder}, {LOG_FILE} and {CURVES_FILE} in {output_dir}", flush=True)

@@ -285,3 +285,46 @@ def test_sampling_follows_the_distribution_and_its_limits():
     assert set(sample(logits.expand(10_000, -1), uniforms, top_p=0.9).tolist()) == {0, 1, 2}
     edge = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert sample(logits, edge).item() == 3, "a token without probability is never drawn"
+
+
+def test_largest_uniform_never_leaves_the_vocabulary(engine, prompts):
+    """As float32 it would be 1.0, and the token one past the last."""
+    row = engine._row(prompts[0], 0, 0, 0, SamplingParams(1, temperature=1.0), None)
+    row.uniforms = [1 - 2**-53]
+    state = engine._prefill([row], [0])
+    tokens, _ = engine._choose(state, SamplingParams(1, temperature=1.0))
+    assert tokens[0] < engine.base.config.get_text_config().vocab_size
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(trainable_model, renderer, prompts):
+    """Real checkpoints have more rows in the LM head than the tokenizer has tokens."""
+    rows = len(renderer.tokenizer)
+    trainable_model.resize_token_embeddings(rows + 64, mean_resizing=False)
+    with torch.no_grad():
+        trainable_model.lm_head.weight[rows:] = 50 * torch.randn(64, trainable_model.lm_head.weight.shape[1])
+    rollouts = CropEngine(trainable_model, renderer).generate(prompts, SamplingParams(10, temperature=1.0, seed=0))
+    assert max(token for rollout in rollouts for token in rollout.completion_ids) < rows
+
+
+def test_holes_are_closed_and_the_numbers_stay(engine, renderer, prompts, monkeypatch):
+    """Crops that come at different times leave columns that no row uses; left alone they outgrow the rows."""
+    widths = []
+    forward = engine._forward
+
+    def spy(ids, mask, *rest):
+        widths.append((mask.shape[1], int(mask.sum(1).max())))
+        return forward(ids, mask, *rest)
+
+    monkeypatch.setattr(engine, "_forward", spy)
+    monkeypatch.setattr("generation.CROP_PATIENCE", 1)
+    words = [renderer.text_ids("<think>" + " red" * (7 * row)) for row in range(12)]
+    call = renderer.text_ids("<tool_call>[2, 2, 50, 50]</tool_call>")
+    end = renderer.text_ids("</think><answer>rising</answer><|im_end|>")
+    forced = [word + call + call + call + end for word in words]
+    rollouts = engine.generate(prompts[:1], SamplingParams(200, seed=0), counts=12, forced=forced)
+    assert max(width for width, _ in widths) > 2 * len(prompts[0].ids), "nothing was wide: the test would be empty"
+    assert all(width <= 2 * longest + 30 for width, longest in widths)
+    for rollout in rollouts:
+        expected = full_logprobs(engine.model, renderer, rollout)
+        for given, full, sampled in zip(rollout.logprobs, expected, rollout.sampled_mask, strict=True):
+            assert not sampled or given == pytest.approx(full, abs=1e-4)

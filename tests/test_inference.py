@@ -66,9 +66,12 @@ def test_batch_of_mixed_sizes_answers_each_as_if_alone(base_folder, picture):
     assert together == [asking.generate(*pair).text for pair in zip(images, questions, strict=True)]
 
 
-def test_sampling_is_repeatable_and_temperature_counts(answering, picture):
+def test_sampling_is_repeatable_and_seed_and_temperature_count(base_folder, answering, picture):
     first, again = (answering.generate(picture, QUESTION).text for _ in range(2))
     assert first == again
+    for setting in ({"seed": 1}, {"temperature": 0.0}):
+        other = QwenVLInference(InferenceConfig(str(base_folder), max_new_tokens=40, **setting))
+        assert other.generate(picture, QUESTION).text != first
 
 
 def test_follow_up_goes_on_with_image_and_crops_in_view(looking, picture, tmp_path):

@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("trainers", "training", "inference"), 5),
     **dict.fromkeys(("train_sft", "train_grpo", "demo"), 6),
     "train_qwenvl_25": 7,  # --demo opens demo.py
-    **dict.fromkeys(("configure_training", "example_usage", "evaluate"), 8),
+    **dict.fromkeys(("configure_training", "example_usage"), 8),
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "datasets", "accelerate"}
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

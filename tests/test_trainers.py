@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_grpo
 import train_sft
 from command_line import resolve_training
-from config import InferenceConfig
+from config import InferenceConfig, SettingsError
 from conversation import IGNORED
+from inference import QwenVLInference
 from model_utils import is_adapter, load_for_inference, load_for_training
 from rewards import RewardPart
 from training import finish, train
 
-LORA = {"use_lora": "true", "lora_r": 8, "lora_dropout": 0.0}
+LORA = {"use_lora": "true", "lora_r": 8, "lora_dropout": 0.1}
 
 
 def settings_for(stage: str, base_folder: Path, data_folder: Path, output: Path, **flags):
@@ -50,7 +54,7 @@ def settings_for(stage: str, base_folder: Path, data_folder: Path, output: Path,
 
 def length_part() -> RewardPart:
     """A reward that differs between the rollouts of any group."""
-    return RewardPart("variety", lambda response, reference: float(hash(response.text) % 1000) / 1000)
+    return RewardPart("variety", lambda response, reference: zlib.crc32(response.text.encode()) % 1000 / 1000)
 
 
 def sft_trainer(settings):
@@ -161,7 +165,7 @@ def test_training_moves_what_it_should_and_nothing_else(base_folder, data_folder
     settings = settings_for(stage, base_folder, data_folder, tmp_path, **(LORA if lora else {}))
     _, trainer = sft_trainer(settings) if stage == "sft" else grpo_trainer(settings, (length_part(),))
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    train(trainer, settings.sft or settings.grpo)
+    train(trainer, settings, stage)
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert moved
     assert not [name for name in moved if "visual" in name], "the vision tower is frozen"
@@ -203,10 +207,10 @@ def test_both_stages_through_the_command_leave_models_that_answer(base_folder, d
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_best_checkpoint_and_resume_bring_back_the_saved_weights(base_folder, data_folder, tmp_path, lora):
     """transformers' own loading skips the hub's names in silence and would keep the weights in memory."""
-    flags = {"val_data": f"{data_folder}/val.jsonl", "eval_steps": 1, **(LORA if lora else {})}
+    flags = {"val_data": f"{data_folder}/val.jsonl", "eval_steps": 1, "save_steps": 1, **(LORA if lora else {})}
     settings = settings_for("sft", base_folder, data_folder, tmp_path, **flags)
     _, trainer = sft_trainer(settings)
-    train(trainer, settings.sft)
+    train(trainer, settings, "sft")
     saved = {name: value.clone() for name, value in trainer.model.named_parameters()}
     with torch.no_grad():
         for value in trainer.model.parameters():
@@ -218,7 +222,7 @@ def test_best_checkpoint_and_resume_bring_back_the_saved_weights(base_folder, da
     assert all(torch.equal(value, saved[name]) for name, value in trained.items())
     longer = settings_for("sft", base_folder, data_folder, tmp_path, **{**flags, "max_steps": 3})
     _, resumed = sft_trainer(longer)
-    train(resumed, longer.sft)
+    train(resumed, longer, "sft")
     assert resumed.state.global_step == 3
     assert [item["step"] for item in resumed.state.log_history if "loss" in item] == [1, 2, 3]
 
@@ -257,16 +261,16 @@ def test_rgrpo_resumes_its_weights_and_keeps_the_start_as_reference(base_folder,
     flags = {"save_steps": 1, "beta": 0.1, **(LORA if lora else {})}
     settings = settings_for("sft", base_folder, data_folder, tmp_path / "sft", **(LORA if lora else {}))
     loaded, trainer = sft_trainer(settings)
-    train(trainer, settings.sft)
+    train(trainer, settings, "sft")
     start = finish(trainer, loaded, settings, "sft", settings.sft.output_dir)
     flags |= {"sft_checkpoint": str(start)}
     settings = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", **flags)
     _, trainer = grpo_trainer(settings, (length_part(),))
     reference = reference_weights(trainer)
-    train(trainer, settings.grpo)
+    train(trainer, settings, "grpo")
     saved = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     _, resumed = grpo_trainer(settings, (length_part(),))  # the same number of steps: nothing is left to train
-    train(resumed, settings.grpo)
+    train(resumed, settings, "grpo")
     assert resumed.state.global_step == 2
     loaded_again = dict(resumed.model.named_parameters())
     assert all(torch.equal(loaded_again[name], value) for name, value in saved.items())
@@ -285,3 +289,53 @@ def reference_weights(trainer) -> dict[str, torch.Tensor]:
 def trained_names(reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The reference's language weights by the names of the trained ones."""
     return {name.replace(".ref.", ".default."): value for name, value in reference.items() if "visual" not in name}
+
+
+def test_finished_stage_is_not_trained_again_and_another_runs_checkpoint_is_refused(
+    base_folder, data_folder, tmp_path, capsys
+):
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, save_steps=1)
+    final = train_sft.run_sft(settings)
+    weights = (final / "model.safetensors").read_bytes()
+    assert train_sft.run_sft(settings) == final
+    assert "nothing to do" in capsys.readouterr().out
+    assert (final / "model.safetensors").read_bytes() == weights
+    other = settings_for("sft", base_folder, data_folder, tmp_path, save_steps=1, weight_decay=0.5)
+    with pytest.raises(SettingsError, match=r"weight_decay \(0.01 -> 0.5\)"):
+        train_sft.run_sft(other)
+    longer = settings_for("sft", base_folder, data_folder, tmp_path, save_steps=1, max_steps=3)
+    train_sft.run_sft(longer)
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(base_folder, data_folder, tmp_path):
+    flags = {"val_data": f"{data_folder}/val.jsonl", "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, max_steps=20, learning_rate=1e-12, **flags)
+    _, trainer = sft_trainer(settings)
+    train(trainer, settings, "sft")
+    assert trainer.state.global_step < 20
+
+
+def test_trls_generate_returns_what_is_replaced(base_folder, data_folder, tmp_path):
+    """`_generate` is private: eight results, of which the last two are the images of each row."""
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    trainer._batch_rows = [dict(row) for row in next(iter(trainer.get_train_dataloader()))]
+    results = trainer._generate([row["prompt"] for row in trainer._batch_rows])
+    assert len(results) == 8
+    assert [len(images) for images in results[-1]] == [len(rollout.images) for rollout in trainer._batch_rollouts]
+
+
+def test_frame_is_obeyed_from_training_to_inference(base_folder, data_folder, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(base_folder, folder)
+    (folder / "crop_contract.json").unlink()
+    frame = {"coordinate_space": "normalized_1000", "image_shorter_side": 56, "crop_shorter_side": 56}
+    settings = settings_for("sft", folder, data_folder, tmp_path / "out", **frame)
+    inference = QwenVLInference(InferenceConfig(str(train_sft.run_sft(settings)), max_new_tokens=40))
+    renderer = inference.renderer
+    assert renderer.contract.coordinate_space == "normalized_1000"
+    script = renderer.text_ids("<tool_call>[250, 500, 750, 1000]</tool_call><|im_end|>")
+    prompt = renderer.prompt("What?", Image.new("RGB", (400, 200)))
+    rollout = inference.engine.generate([prompt], inference.sampling, forced=[script])[0]
+    assert rollout.tool_calls[0].box.as_list() == [100, 100, 300, 200]
