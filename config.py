@@ -83,7 +83,10 @@ class StageConfig:
     lora_alpha: int | None = setting(None, "LoRA scale [2 x lora_r]")
     lora_dropout: float = setting(0.1, "dropout in front of the adapter")
     logging_steps: float = setting(10, "optimizer steps between two log lines")
-    save_steps: float = setting(0.1, "optimizer steps between two checkpoints; under 1: a share of all steps")
+    save_steps: float | None = setting(
+        None,
+        "steps between two checkpoints; under 1: a share of all steps [0.1; with validation: eval_steps]",
+    )
     save_total_limit: int = setting(3, "checkpoints kept")
     seed: int = setting(42, "seed of weights, order and sampling")
     resume: bool = setting(True, "go on from the newest checkpoint in output_dir, where there is one")

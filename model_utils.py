@@ -40,7 +40,7 @@ class LoadedModel:
 
 def companion(model: str | Path, name: str) -> Path | None:
     """The file `name` of a model, in its folder or fetched from the hub; None where the model has none."""
-    if Path(model).is_dir():
+    if _is_local(str(model)):
         path = Path(model, name)
         return path if path.is_file() else None
     from transformers.utils import cached_file
@@ -94,9 +94,13 @@ def load_processor(path: str, given: dict[str, Any] | None = None) -> tuple[Qwen
     return processor, contract
 
 
+def _is_local(path: str) -> bool:
+    """Whether this names a folder rather than a model on the hub (owner/name)."""
+    return path.startswith((".", "/")) or path.count("/") != 1 or Path(path.split("/")[0]).is_dir()
+
+
 def _require_exists(path: str) -> None:
-    looks_local = path.startswith((".", "/")) or path.count("/") != 1 or Path(path.split("/")[0]).is_dir()
-    if looks_local and not Path(path).is_dir():
+    if _is_local(path) and not Path(path).is_dir():
         raise SettingsError(f"there is no model at {path}: give a folder with weights or a hub name (owner/name)")
 
 
@@ -130,7 +134,7 @@ def resolve_attention(choice: str, half: bool) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool) -> PreTrainedModel:
+def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False) -> PreTrainedModel:
     """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 

@@ -48,6 +48,8 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
         values |= {
             "eval_strategy": "steps",
             "eval_steps": config.eval_steps,
+            # The best checkpoint must have been evaluated.
+            "save_steps": config.eval_steps if config.save_steps is None else config.save_steps,
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,

@@ -29,7 +29,7 @@ CURVES_FILE = "training_curves.png"
 SHARED_ARGUMENTS = (
     *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("weight_decay", "lr_scheduler_type", "bf16", "fp16", "gradient_checkpointing"),
-    *("logging_steps", "save_steps", "save_total_limit", "seed"),
+    *("logging_steps", "save_total_limit", "seed"),
 )
 
 
@@ -38,6 +38,7 @@ def common_arguments(config: StageConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
     # transformers 5 has one field for both: below 1 it is the share of the steps.
     values["warmup_steps"] = config.warmup_ratio
+    values["save_steps"] = 0.1 if config.save_steps is None else config.save_steps
     values["report_to"] = "none"
     values["logging_first_step"] = True
     values["dataloader_pin_memory"] = torch.cuda.is_available()
@@ -57,7 +58,7 @@ class CheckpointCompanions(TrainerCallback):
 
 
 # Settings that may change between an interrupted run and its resumption.
-FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "resume"}
+FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_total_limit", "eval_steps", "resume"}
 FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
 
 
@@ -106,9 +107,7 @@ def check_resumable(checkpoint: str, settings: TrainingSettings, stage: str) -> 
     saved = json.loads(path.read_text(encoding="utf-8"))
     differing = []
     for name, values in _stage_settings(settings, stage).items():
-        flat = {**values, **values.pop("trl", {})}
-        before = saved.get(name) or {}
-        before = {**before, **before.pop("trl", {})}
+        flat, before = _flat(values), _flat(saved.get(name) or {})
         keys = sorted((flat.keys() | before.keys()) - FREE_SETTINGS)
         differing += [
             f"{key} ({before.get(key)} -> {flat.get(key)})" for key in keys if flat.get(key) != before.get(key)
@@ -118,6 +117,10 @@ def check_resumable(checkpoint: str, settings: TrainingSettings, stage: str) -> 
             f"{checkpoint} is of a run with other settings: {', '.join(differing)}. Give another output folder, or "
             "--resume false to start anew."
         )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "trl"} | values.get("trl", {})
 
 
 def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:

@@ -162,7 +162,7 @@ def test_a_prefixed_flag_sets_its_own_stage_over_the_common_one():
     assert (settings.sft.learning_rate, settings.grpo.learning_rate) == (1e-4, 1e-6)
     assert (settings.sft.num_train_epochs, settings.grpo.num_train_epochs) == (3.0, 2.0)
     assert (settings.sft.per_device_train_batch_size, settings.grpo.per_device_train_batch_size) == (2, 8)
-    assert (settings.sft.save_steps, settings.grpo.save_steps) == (500, 7)
+    assert (settings.sft.save_steps, settings.grpo.save_steps) == (None, 7)
 
 
 def test_the_answering_command():

@@ -205,8 +205,8 @@ def test_further_fields_of_trl_are_passed_on_from_a_file_and_a_flag_is_over_it()
 
 
 def test_a_field_that_one_stage_of_trl_knows_goes_to_that_stage_alone():
-    settings = parse("--epsilon", "0.1", "--completion_only_loss", "false")
-    assert (settings.sft.trl, settings.grpo.trl) == ({"completion_only_loss": False}, {"epsilon": 0.1})
+    settings = parse("--epsilon", "0.1", "--activation_offloading", "false")
+    assert (settings.sft.trl, settings.grpo.trl) == ({"activation_offloading": False}, {"epsilon": 0.1})
 
 
 def test_values_of_further_flags_have_their_json_types():
