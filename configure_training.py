@@ -127,7 +127,8 @@ def _choose_method(dataset_size: int, gpu_memory: float, model_name: str) -> tup
             False,
             None,
             "5e-6",
-            "over 100k images and the memory: all weights (--beta 0 spares R-GRPO a second copy)",
+            "over 100k images and the memory: all weights, in bfloat16, which rounds small updates away; float32 takes "
+            "twice that (several GPUs and ZeRO-2), leave --dtype out there (--beta 0 spares R-GRPO a second copy)",
         )
     return (
         True,

@@ -148,8 +148,9 @@ def test_trainers_logprobs_equal_the_rollouts(base_folder, data_folder, tmp_path
         )  # fmt: skip
     assert sorted(set(output["num_images"])) == [2, 3]
     shares = {"crops/invalid", "crops/repeated", "crops/whole_image", "crops/after_answer", "crops/iou"}
-    assert shares <= set(trainer._metrics["train"])
-    assert trainer._metrics["train"]["crops/per_rollout"][0] == pytest.approx(sum(output["num_images"]) / 8 - 1)
+    metrics = {**trainer._metrics["train"], **trainer._metrics["eval"]}
+    assert shares <= set(metrics)
+    assert metrics["crops/per_rollout"][0] == pytest.approx(sum(output["num_images"]) / 8 - 1)
     sampled = (output["tool_mask"] * output["completion_mask"]).bool()
     assert torch.allclose(logps[sampled], output["sampling_per_token_logps"][sampled], atol=1e-4)
     for row, rollout in enumerate(trainer._batch_rollouts):
