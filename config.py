@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import os
 import types
 import typing
 from dataclasses import asdict, dataclass, field
@@ -178,6 +179,11 @@ class TrainingSettings:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
+    def show(self) -> None:
+        """Print the resolved settings, on the main process alone."""
+        if is_main_process():
+            print(self.table(), flush=True)
+
     def table(self) -> str:
         """The resolved settings, one a line; what TRL keeps at its own default is left out."""
         lines = []
@@ -195,6 +201,11 @@ class TrainingSettings:
                 *(f"  {key:<30} {value}" for key, value in values.items() if value is not None),
             ]
         return "\n".join(lines)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the only one, or the first of several (torchrun's RANK)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class SettingsError(ValueError):

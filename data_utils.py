@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DataConfig, SettingsError, convert, own_fields, placeholder
+from config import DataConfig, SettingsError, convert, is_main_process, own_fields, placeholder
 from conversation import (
     EncodedExample,
     Example,
@@ -273,12 +273,14 @@ def load_examples(path: str, data: DataConfig, renderer: Renderer, bad_rows_file
     sound = table
     if faults:
         sound = table.select([index for index, fault in enumerate(table["fault"]) if not fault])
-        write_bad_rows(path, {row["line"] for row in faults}, bad_rows_file)
-        print(f"{path}: {len(faults)} of {len(table)} entries are faulty and skipped; rows in {bad_rows_file}")
-        print("\n".join(describe_faults(faults, most=10)))
+        if is_main_process():
+            write_bad_rows(path, {row["line"] for row in faults}, bad_rows_file)
+            print(f"{path}: {len(faults)} of {len(table)} entries are faulty and skipped; rows in {bad_rows_file}")
+            print("\n".join(describe_faults(faults, most=10)))
     if len(sound) == 0:
         raise SettingsError(f"{path} has no sound example: run data_utils.py --check {path} to see why")
-    print(f"{path}: {len(sound)} examples")
+    if is_main_process():
+        print(f"{path}: {len(sound)} examples")
     return sound
 
 

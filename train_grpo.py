@@ -126,6 +126,7 @@ def run_grpo(settings: TrainingSettings) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("grpo",))
+    settings.show()
     from training import exit_with_message
 
     with exit_with_message("train_grpo.py"):

@@ -37,9 +37,7 @@ def main(argv: list[str]) -> None:
         run_demo([argument for argument in argv if argument not in ("--demo", "--stage", "both", "--stage=both")])
         return
     settings = parse_training(argv, (__doc__ or "").split("\n")[0])
-    if settings.sft is not None and settings.grpo is not None:
-        print(f"learning rate: SFT {settings.sft.learning_rate:g}, R-GRPO {settings.grpo.learning_rate:g}")
-        print(f"epochs: SFT {settings.sft.num_train_epochs:g}, R-GRPO {settings.grpo.num_train_epochs:g}")
+    settings.show()
     from training import exit_with_message
 
     with exit_with_message("train_qwenvl_25.py"):

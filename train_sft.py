@@ -111,6 +111,7 @@ def run_sft(settings: TrainingSettings) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("sft",))
+    settings.show()
     from training import exit_with_message
 
     with exit_with_message("train_sft.py"):

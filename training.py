@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings
+from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
 from model_utils import LoadedModel, save_companions, save_final_model
 from visualize import plot_training_curves
 
@@ -60,10 +59,6 @@ class CheckpointCompanions(TrainerCallback):
 # Settings that may change between an interrupted run and its resumption.
 FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_total_limit", "eval_steps", "resume"}
 FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
