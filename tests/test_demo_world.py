@@ -100,8 +100,8 @@ def test_an_answer_reads_as_the_readme_shows_it():
     shape = world.DrawnShape("red", "square", "rising", (120, 64, 192, 136), 1)
     assert world.question_for(shape) == "Which stripes are on the red square?"
     assert world.rationale_for(shape, shape.box) == (
-        "<think>\nThe red square is here {Crop red square [120.00, 64.00, 192.00, 136.00]}\n"
-        "It shows rising stripes.\n</think>\n\n<answer>rising</answer>"
+        "<think>\nThe red square{Crop red square [120.00, 64.00, 192.00, 136.00]} shows rising stripes.\n</think>"
+        "\n\n<answer>rising</answer>"
     )
 
 
