@@ -37,9 +37,9 @@ class DemoPlan:
     pictures: int = 2000
     warm_up_steps: int = 500
     probe_steps: int = 150
-    sft_steps: int = 1800
+    sft_steps: int = 1650
     sft_schedule: str = "constant_with_warmup"  # half-trained: what R-GRPO starts from has not settled
-    grpo_steps: int = 180
+    grpo_steps: int = 260
     test_pictures: int = 200
     sampled_answers: int = 2  # sampled answers a question
 
@@ -59,8 +59,8 @@ class DemoPlan:
             "grpo_batch_size": 128,
             "grpo_gradient_accumulation_steps": 1,
             "grpo_rollout_batch_size": 128,
-            "grpo_learning_rate": 3e-4,
-            "grpo_lr_scheduler_type": "constant_with_warmup",
+            "grpo_learning_rate": 4e-4,
+            "grpo_lr_scheduler_type": "cosine",
             "grpo_warmup_ratio": 0.05,
             "beta": 0.02,
             "max_completion_length": 64,

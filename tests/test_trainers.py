@@ -65,6 +65,10 @@ def sft_trainer(settings):
 def grpo_trainer(settings, parts=None):
     start = settings.grpo.sft_checkpoint or settings.model.model_name
     loaded = load_for_training(settings.model, settings.data, settings.grpo, start)
+    with torch.no_grad():  # a fresh adapter is zero, and would hide its dropout
+        for name, value in loaded.model.named_parameters():
+            if "lora_B" in name and not value.any():
+                value.normal_(std=0.05)
     return loaded, train_grpo.build_trainer(loaded, settings, parts)
 
 
@@ -137,6 +141,7 @@ def test_trainers_logprobs_equal_the_rollouts(base_folder, data_folder, tmp_path
     settings = settings_for("grpo", base_folder, data_folder, tmp_path, **flags)
     _, trainer = grpo_trainer(settings, (length_part(),))
     script_calls(trainer)
+    trainer.model.train()  # as the training loop scores
     batch = next(iter(trainer.get_train_dataloader()))
     output = trainer._generate_and_score_completions(batch)
     ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
