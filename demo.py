@@ -76,15 +76,16 @@ FULL = DemoPlan(pictures=4000, warm_up_steps=700, sft_steps=7000, sft_schedule="
 
 def make_world(folder: Path, plan: DemoPlan, seed: int) -> None:
     """Pictures and JSONL in `data`, the base model in `base_model`, and the gate that the overview tells nothing."""
+    import demo_model
     import demo_world
     from crop_tool import CropContract
 
     demo_world.write_dataset(folder / "data", plan.pictures, seed, num_val=40, num_test=plan.test_pictures)
-    processor = demo_world.build_processor()
-    model = demo_world.build_model(processor, seed)
-    demo_world.warm_up_vision(model, processor, plan.warm_up_steps, seed)
-    leak = demo_world.leak_probe(model, processor, plan.probe_steps, seed, num_pictures=400)
-    demo_world.assert_no_leak(leak)
+    processor = demo_model.build_processor()
+    model = demo_model.build_model(processor, seed)
+    demo_model.warm_up_vision(model, processor, plan.warm_up_steps, seed)
+    leak = demo_model.leak_probe(model, processor, plan.probe_steps, seed, num_pictures=400)
+    demo_model.assert_no_leak(leak)
     print(
         f"leak gate: the vision tower reads the stripes from the overview at {leak.overview_accuracy:.1%} "
         f"(chance 16.7%), from a crop at {leak.crop_accuracy:.1%}"

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 
+import demo_model
 import demo_world
 from conversation import Renderer
 from crop_tool import CropContract
@@ -23,7 +24,7 @@ os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random Qwen2.5-VL of a million parameters, float32, in eval mode; shared, so not to be changed."""
-    return demo_world.build_model(demo_world.build_processor())
+    return demo_model.build_model(demo_model.build_processor())
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def base_folder(tiny_model, tmp_path_factory):
     """Folder of `tiny_model` with processor and contract: what `--model_name` of a training command names."""
     folder = tmp_path_factory.mktemp("base_model")
     tiny_model.save_pretrained(folder)
-    demo_world.build_processor().save_pretrained(folder)
+    demo_model.build_processor().save_pretrained(folder)
     CropContract(
         image_shorter_side=demo_world.OVERVIEW_SIDE,
         crop_shorter_side=demo_world.OVERVIEW_SIDE,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import demo_model as tiny
 import demo_world as world
 
 torch = pytest.importorskip("torch")
@@ -14,13 +15,13 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def processor():
-    return world.build_processor()
+    return tiny.build_processor()
 
 
 @pytest.fixture(scope="module")
 def model(processor):
     torch.set_num_threads(2)
-    return world.build_model(processor)
+    return tiny.build_model(processor)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_an_answer_reads_as_the_readme_shows_it():
 def test_any_text_round_trips_and_ids_survive_a_reload(processor, tmp_path):
     from transformers import AutoProcessor
 
-    texts = [*world.sample_texts(), "żółw 龍 🙂\t\r\n\x00\x7f 3.14", "".join(map(chr, range(256)))]
+    texts = [*tiny.sample_texts(), "żółw 龍 🙂\t\r\n\x00\x7f 3.14", "".join(map(chr, range(256)))]
     ids = processor.tokenizer(texts).input_ids
     # As in Qwen, NFC comes first; these texts are NFC already.
     assert [processor.tokenizer.decode(row) for row in ids] == texts
@@ -120,10 +121,10 @@ def test_any_text_round_trips_and_ids_survive_a_reload(processor, tmp_path):
     assert type(loaded) is type(processor) and type(loaded.tokenizer) is type(processor.tokenizer)
     assert loaded.tokenizer(texts).input_ids == ids
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert loaded.chat_template == world.CHAT_TEMPLATE == processor.chat_template
+    assert loaded.chat_template == tiny.CHAT_TEMPLATE == processor.chat_template
     assert (loaded.tokenizer.eos_token, loaded.tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert loaded.image_processor.size == processor.image_processor.size
-    assert world.build_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
+    assert tiny.build_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_one_token_per_digit_and_per_word(processor):
@@ -135,13 +136,13 @@ def test_one_token_per_digit_and_per_word(processor):
 
 def test_tool_tokens_are_one_id_each_and_shown_when_special_ones_are_not(processor):
     tokenizer = processor.tokenizer
-    for token in world.TOOL_TOKENS:
+    for token in tiny.TOOL_TOKENS:
         assert len(tokenizer(token).input_ids) == 1
         assert token not in tokenizer.all_special_tokens
     ids = tokenizer("<|im_start|><tool_call>[1]</tool_call><|im_end|>").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call>[1]</tool_call>"
-    assert all(len(tokenizer(token).input_ids) == 1 for token in world.SPECIAL_TOKENS)
-    assert set(world.SPECIAL_TOKENS) <= set(tokenizer.all_special_tokens)
+    assert all(len(tokenizer(token).input_ids) == 1 for token in tiny.SPECIAL_TOKENS)
+    assert set(tiny.SPECIAL_TOKENS) <= set(tokenizer.all_special_tokens)
 
 
 @pytest.mark.parametrize("size, grid", [((56, 56), (1, 8, 8)), ((70, 56), (1, 8, 10)), ((14, 28), (1, 4, 2))])
@@ -181,7 +182,7 @@ def test_a_chat_with_two_images_reaches_the_model_and_survives_a_reload(processo
 
 def test_the_same_seed_builds_the_same_model_and_leaves_the_global_seed_alone(processor, model):
     before = torch.random.get_rng_state()
-    again = world.build_model(processor)
+    again = tiny.build_model(processor)
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
@@ -211,22 +212,22 @@ def test_stripes_leave_less_than_half_a_grey_level_in_the_overview():
 def test_the_overview_does_not_tell_the_stripes_and_the_probe_would_have_noticed(processor, model):
     budget = {"steps": 100, "num_pictures": 300}
     before = [p.clone() for p in model.parameters()]
-    report = world.leak_probe(model, processor, **budget)
-    world.assert_no_leak(report)
+    report = tiny.leak_probe(model, processor, **budget)
+    tiny.assert_no_leak(report)
     assert report.crop_accuracy > 0.8
-    leaky = world.leak_probe(model, processor, **budget, period=32.0)
+    leaky = tiny.leak_probe(model, processor, **budget, period=32.0)
     assert leaky.overview_accuracy > 0.5
     with pytest.raises(ValueError, match="the overview alone names the stripes"):
-        world.assert_no_leak(leaky)
+        tiny.assert_no_leak(leaky)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_warm_up_lowers_its_loss_moves_only_the_tower_and_repeats_itself(processor):
     runs = []
     for _ in range(2):
-        model = world.build_model(processor)
+        model = tiny.build_model(processor)
         text = model.model.language_model.layers[0].mlp.up_proj.weight.clone()
-        report = world.warm_up_vision(model, processor, steps=40, num_pictures=60, batch=8)
+        report = tiny.warm_up_vision(model, processor, steps=40, num_pictures=60, batch=8)
         assert torch.equal(text, model.model.language_model.layers[0].mlp.up_proj.weight)
         assert all(p.grad is None for p in model.parameters())
         runs.append((report, model.model.visual.state_dict()))

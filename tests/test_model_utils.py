@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, Qwen2VLImageProcessor
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
+import demo_model
 import demo_world
 import model_utils
 from command_line import resolve_training
@@ -267,9 +268,9 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 def wordless(tmp_path, monkeypatch):
     """A model folder whose tokenizer has no tool tokens."""
     monkeypatch.setattr(demo_world, "TOOL_TOKENS", ())
-    processor = demo_world.build_processor()
+    processor = demo_model.build_processor()
     assert CALL_OPEN not in processor.tokenizer.get_vocab()
-    demo_world.build_model(processor).save_pretrained(tmp_path / "wordless")
+    demo_model.build_model(processor).save_pretrained(tmp_path / "wordless")
     processor.save_pretrained(tmp_path / "wordless")
     return str(tmp_path / "wordless")
 

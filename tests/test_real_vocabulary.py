@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import demo_world
+import demo_model
 from conversation import IGNORED, IMAGE_PAD, VISION_END, VISION_START, Example, Renderer
 from crop_tool import CropContract, image_token_count
 
@@ -59,13 +59,13 @@ def tokenizer():
 
     merges = [tuple(map(written, last_merge(ranks, token))) for token in ranks if len(token) > 1]
     vocab = {written(token): rank for token, rank in ranks.items()}
-    for token in (*demo_world.SPECIAL_TOKENS, *demo_world.TOOL_TOKENS):
+    for token in (*demo_model.SPECIAL_TOKENS, *demo_model.TOOL_TOKENS):
         vocab[token] = len(vocab)
-    special = [AddedToken(token, special=True, normalized=False) for token in demo_world.SPECIAL_TOKENS]
+    special = [AddedToken(token, special=True, normalized=False) for token in demo_model.SPECIAL_TOKENS]
     tokenizer = Qwen2Tokenizer(
         vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
     )
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in demo_world.TOOL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in demo_model.TOOL_TOKENS])
     return tokenizer
 
 
@@ -77,7 +77,7 @@ def real_renderer(tokenizer):
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=demo_world.CHAT_TEMPLATE,
+        chat_template=demo_model.CHAT_TEMPLATE,
     )
     return Renderer(processor, CropContract())
 
