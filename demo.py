@@ -37,9 +37,9 @@ class DemoPlan:
     pictures: int = 2000
     warm_up_steps: int = 500
     probe_steps: int = 150
-    sft_steps: int = 1650
+    sft_steps: int = 990
     sft_schedule: str = "constant_with_warmup"  # half-trained: what R-GRPO starts from has not settled
-    grpo_steps: int = 260
+    grpo_steps: int = 220
     test_pictures: int = 200
     sampled_answers: int = 2  # sampled answers a question
 
@@ -51,7 +51,8 @@ class DemoPlan:
             "sft_gradient_accumulation_steps": 1,
             "learning_rate": 1.5e-3,
             "sft_lr_scheduler_type": self.sft_schedule,
-            "sft_warmup_ratio": 0.03,
+            "sft_warmup_steps": 50,
+            "sft_eval_steps": 165,
             "sft_adam_beta2": 0.98,
             "sft_dataloader_num_workers": 1,
             "sft_dataloader_persistent_workers": "true",
@@ -71,7 +72,7 @@ class DemoPlan:
 
 
 QUICK = DemoPlan()
-FULL = DemoPlan(pictures=4000, warm_up_steps=700, sft_steps=7000, sft_schedule="cosine", grpo_steps=300)
+FULL = DemoPlan(sft_steps=3300, grpo_steps=300)
 
 
 def make_world(folder: Path, plan: DemoPlan, seed: int) -> None:
