@@ -267,7 +267,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 @pytest.fixture
 def wordless(tmp_path, monkeypatch):
     """A model folder whose tokenizer has no tool tokens."""
-    monkeypatch.setattr(demo_world, "TOOL_TOKENS", ())
+    monkeypatch.setattr(demo_model, "TOOL_TOKENS", ())
     processor = demo_model.build_processor()
     assert CALL_OPEN not in processor.tokenizer.get_vocab()
     demo_model.build_model(processor).save_pretrained(tmp_path / "wordless")
