@@ -37,9 +37,9 @@ class DemoPlan:
     pictures: int = 2000
     warm_up_steps: int = 500
     probe_steps: int = 150
-    sft_steps: int = 990
+    sft_steps: int = 720
     sft_schedule: str = "constant_with_warmup"  # half-trained: what R-GRPO starts from has not settled
-    grpo_steps: int = 220
+    grpo_steps: int = 200
     test_pictures: int = 200
     sampled_answers: int = 2  # sampled answers a question
 
