@@ -37,9 +37,11 @@ class DemoPlan:
     pictures: int = 2000
     warm_up_steps: int = 500
     probe_steps: int = 150
-    sft_steps: int = 720
+    sft_steps: int = 1800
+    sft_warmup_steps: int = 54
+    sft_eval_steps: int = 450  # shapes the order of batches, and with it when the model begins to find the shape
     sft_schedule: str = "constant_with_warmup"  # half-trained: what R-GRPO starts from has not settled
-    grpo_steps: int = 200
+    grpo_steps: int = 180
     test_pictures: int = 200
     sampled_answers: int = 2  # sampled answers a question
 
@@ -51,8 +53,8 @@ class DemoPlan:
             "sft_gradient_accumulation_steps": 1,
             "learning_rate": 1.5e-3,
             "sft_lr_scheduler_type": self.sft_schedule,
-            "sft_warmup_steps": 50,
-            "sft_eval_steps": 165,
+            "sft_warmup_steps": self.sft_warmup_steps,
+            "sft_eval_steps": self.sft_eval_steps,
             "sft_adam_beta2": 0.98,
             "sft_dataloader_num_workers": 1,
             "sft_dataloader_persistent_workers": "true",
@@ -60,8 +62,8 @@ class DemoPlan:
             "grpo_batch_size": 128,
             "grpo_gradient_accumulation_steps": 1,
             "grpo_rollout_batch_size": 128,
-            "grpo_learning_rate": 4e-4,
-            "grpo_lr_scheduler_type": "cosine",
+            "grpo_learning_rate": 3e-4,
+            "grpo_lr_scheduler_type": "constant_with_warmup",
             "grpo_warmup_ratio": 0.05,
             "beta": 0.02,
             "max_completion_length": 64,
@@ -72,7 +74,7 @@ class DemoPlan:
 
 
 QUICK = DemoPlan()
-FULL = DemoPlan(sft_steps=3300, grpo_steps=300)
+FULL = DemoPlan(sft_steps=3300, sft_warmup_steps=50, sft_eval_steps=165, grpo_steps=300)
 
 
 def make_world(folder: Path, plan: DemoPlan, seed: int) -> None:
