@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -232,6 +233,8 @@ def check_settings(settings: TrainingSettings, flags: dict[str, dict[str, Any]])
     for stage, config in (("sft", settings.sft), ("grpo", settings.grpo)):
         if config is not None:
             _check_stage(stage, config, flags[stage])
+    if settings.model.load_in_4bit:
+        _check_four_bit(settings)
     if settings.sft is not None:
         require(
             settings.sft.early_stopping_patience is None or settings.data.val_data is not None,
@@ -261,6 +264,27 @@ def _check_stage(stage: str, config: StageConfig, flags: dict[str, Any]) -> None
     reserved = RESERVED | RESERVED_IN[stage]
     taken = sorted(reserved & set(config.trl))
     require(not taken, f"{stage}: {', '.join(taken)} is set by this project and cannot be passed on to TRL")
+
+
+def _check_four_bit(settings: TrainingSettings) -> None:
+    """4-bit weights are frozen, whole, and made by a package that is not among the requirements."""
+    sft, grpo = settings.sft, settings.grpo
+    for stage, config in (("sft", sft), ("grpo", grpo)):
+        if config is None:
+            continue
+        start = settings.model.model_name if config is sft else config.sft_checkpoint or settings.model.model_name
+        on_adapter = Path(start, "adapter_config.json").is_file() or (sft is not None and sft.use_lora)
+        require(
+            config.use_lora or on_adapter,
+            f"{stage}: load_in_4bit was given, but 4-bit weights cannot be trained, only an adapter on them: add "
+            "--use_lora, or leave --load_in_4bit out",
+        )
+    cut_up = os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    require(not cut_up, "load_in_4bit was given, but 4-bit weights cannot be cut up over GPUs: use DDP or ZeRO-2")
+    require(
+        importlib.util.find_spec("bitsandbytes") is not None,
+        "load_in_4bit was given, but bitsandbytes is not installed: pip install bitsandbytes",
+    )
 
 
 def _check_grpo(settings: TrainingSettings) -> None:

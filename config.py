@@ -41,6 +41,7 @@ class ModelConfig:
         "auto", "attention kernel; auto: flash_attention_2 where it is installed and usable, else sdpa"
     )
     freeze_vision: bool = setting(True, "keep the vision tower and its merger as they are")
+    load_in_4bit: bool = setting(False, "LoRA on 4-bit weights (QLoRA); needs bitsandbytes")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
 from crop_tool import CALL_CLOSE, CALL_OPEN, CONTRACT_FILE, MAX_ASPECT_RATIO, CropContract
+from model_card import write_card
 
 if TYPE_CHECKING:
     import torch
@@ -134,12 +135,15 @@ def resolve_attention(choice: str, half: bool) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False) -> PreTrainedModel:
-    """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so."""
+def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:
+    """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so.
+
+    settings: of `from_pretrained` (see `four_bit`).
+    """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     _require_exists(path)
-    settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
     try:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
@@ -148,6 +152,25 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
             raise
         log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+
+
+def four_bit(dtype: torch.dtype) -> dict[str, Any]:
+    """Settings that load the language model's linear layers in 4 bits (nf4, QLoRA, arXiv 2305.14314).
+
+    What is multiplied is of `dtype`. The vision tower, a tenth of the weights, and the output head stay as they are.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def training_dtype(model: ModelConfig, stage: StageConfig, on_adapter: bool) -> torch.dtype:
@@ -176,8 +199,18 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
     base = base_model_of(start) if on_adapter else start
     dtype = training_dtype(model_config, stage, on_adapter or stage.use_lora)
     half = dtype != torch.float32 or stage.bf16 or stage.fp16
-    model = load_weights(base, dtype, model_config.attn_implementation, half)
+    quantized = four_bit(dtype) if model_config.load_in_4bit else {}
+    model = load_weights(base, dtype, model_config.attn_implementation, half, **quantized)
+    if model_config.load_in_4bit:
+        for module in model.modules():
+            # On a CPU bitsandbytes lays weights out anew for a forward without gradients, and has no backward then.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     add_tool_tokens(model, processor, on_adapter or stage.use_lora)
+    if model_config.freeze_vision:
+        # With checkpointing an adapter's training makes all input embeddings require gradients, a vision tower's
+        # patches among them: it would keep activations, and run backwards, for nothing.
+        model.model.visual.get_input_embeddings = lambda: None
     if on_adapter:
         _check_adapter(start, stage)
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
@@ -297,33 +330,132 @@ def save_final_model(trainer: Any, loaded: LoadedModel, settings: TrainingSettin
     trainer.accelerator.wait_for_everyone()
 
 
-def merge_adapter(adapter: str, output: str) -> None:
-    """Write full weights: the adapter merged into its base, with processor files and crop contract."""
+# ------------------------------------------------------------------------------------------------- merge
+
+
+# How far the logits of merged weights may be from the adapter's, as a share of their size.
+MERGE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What merging did to the logits of a test input, as shares of their size.
+
+    difference: between merged weights and the adapter beside its base. effect: of the adapter on its base.
+    """
+
+    difference: float
+    effect: float
+
+
+def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
+    """Write full weights: the adapter merged into its base, with processor, chat template, crop contract and card.
+
+    dtype: of the weights that are written [the base's own].
+
+    Raises:
+        SettingsError: for what is no adapter, and where the merged weights do not answer as the adapter does.
+    """
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
+    import torch
+    from peft import PeftModel
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(base_model_of(adapter), trust_remote_code=False).dtype
-    dtype = str(dtype).removeprefix("torch.") if dtype is not None else "float32"
-    loaded = load_for_inference(InferenceConfig(adapter, device="cpu", dtype=dtype))
+    _require_safetensors(adapter)
+    base = base_model_of(adapter)
+    if dtype is None:
+        saved = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
+        dtype = str(saved).removeprefix("torch.") if saved is not None else "float32"
+    processor, contract = load_processor(adapter)
+    model = load_weights(base, getattr(torch, dtype), "sdpa").eval()
+    batch = _test_input(processor, contract)
+    before = _logits(model, batch)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    expected = _logits(model, batch)
+    model = model.merge_and_unload()
+    size = expected.norm()
+    merge = Merge(float((_logits(model, batch) - expected).norm() / size), float((expected - before).norm() / size))
+    if not merge.difference <= MERGE_TOLERANCE[dtype]:  # also where it is not a number
+        raise SettingsError(
+            f"the merged weights do not answer as {adapter} does: their logits differ by {merge.difference:.1%} in "
+            f"{dtype}, where {MERGE_TOLERANCE[dtype]:.2%} is allowed. Nothing was written. --dtype float32 merges "
+            "without rounding; if that differs too, the adapter is not one of this base model or version of peft"
+        )
+    config = _adapter_config(adapter)
+    facts = {"name": Path(output).name, "base": base, "rank": config["r"], "dtype": dtype, "contract": contract}
 
     def fill(target: str) -> None:
-        loaded.model.save_pretrained(target)
-        save_companions(target, loaded.processor, loaded.contract, None)
+        model.save_pretrained(target)
+        save_companions(target, processor, contract, None)
+        write_card(target, adapter, facts | {"difference": merge.difference, "effect": merge.effect})
 
     write_folder(output, fill)
+    return merge
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into full weights.")
+def _test_input(processor: Qwen2_5_VLProcessor, contract: CropContract) -> dict[str, torch.Tensor]:
+    """A question about a picture, and a call as an answer to it."""
+    from PIL import Image
+
+    image = Image.radial_gradient("L").resize((8 * contract.factor, 6 * contract.factor)).convert("RGB")
+    question = [{"type": "image"}, {"type": "text", "text": "What is written on the sign on the left?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    text = f"{prompt}<think>\nI look closer {CALL_OPEN}[12, 24, 56, 80]{CALL_CLOSE}"
+    return processor(text=[text], images=[image], return_tensors="pt", return_mm_token_type_ids=True)
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        return model(**batch).logits.float()
+
+
+def push_to_hub(folder: str, repository: str, public: bool = False) -> str:
+    """Upload a merged model; returns its address. The repository is made where there is none, private unless told.
+
+    Raises:
+        SettingsError: where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(repository, private=not public, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged weights")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise SettingsError(
+            f"{folder} is written, but could not be uploaded to {repository}: {error}. Log in with `hf auth login` and "
+            "a token that may write, then repeat the command"
+        ) from None
+    return str(address)
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into full weights.", allow_abbrev=False)
     parser.add_argument("--merge", required=True, metavar="ADAPTER", help="folder of the adapter")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the full weights are written")
-    options = parser.parse_args()
+    parser.add_argument("--dtype", choices=list(MERGE_TOLERANCE), help="of the weights written [the base model's]")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the result to this repository (owner/name)")
+    parser.add_argument("--public", action="store_true", help="make a new repository public [private]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = merge_parser()
+    options = parser.parse_args(argv)
     try:
-        merge_adapter(options.merge, options.output)
+        merge = merge_adapter(options.merge, options.output, options.dtype)
+        print(f"merged {options.merge} into {options.output}")
+        print(f"logits differ by {merge.difference:.2g} of their size; the adapter changes them by {merge.effect:.2g}")
+        if merge.difference > merge.effect / 2:
+            print("rounding takes much of what the adapter learned: --dtype float32 keeps it")
+        if options.push_to_hub:
+            print(f"uploaded to {push_to_hub(options.output, options.push_to_hub, options.public)}")
     except SettingsError as error:
         parser.exit(2, f"model_utils.py: {error}\n")
-    print(f"merged {options.merge} into {options.output}")
 
 
 if __name__ == "__main__":

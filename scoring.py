@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from architecture import PackCost
+
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
@@ -196,32 +198,6 @@ def plan_packs(
         size = cost.rows_per_pack(seq - completion - starts[group[0]], max(lengths[row] for row in group), len(group))
         packs += [group[at : at + size] for at in range(0, len(group), size)]
     return packs
-
-
-@dataclass(frozen=True)
-class PackCost:
-    """Operations of one decoder layer: a token costs `per_token`, and `per_pair` for each slot of its pack.
-
-    Long completions make a pack wide, and attention over the pack then costs more than the prompt saves.
-    """
-
-    per_token: int  # 2 operations for each weight of the layer
-    per_pair: int  # 4 operations (scores and values) for each number of a token's queries
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> PackCost:
-        text = model.config.get_text_config()
-        weights = sum(value.numel() for value in model.model.language_model.layers[0].parameters())
-        return cls(2 * weights, 4 * text.hidden_size)
-
-    def rows_per_pack(self, prompt: int, completion: int, rows: int) -> int:
-        """How many of `rows` rows with a shared prompt go into a pack (lengths in tokens)."""
-
-        def operations(size: int) -> int:
-            width = prompt + size * (completion + 1)
-            return -(-rows // size) * width * (self.per_token + self.per_pair * width)
-
-        return min(range(1, rows + 1), key=operations)
 
 
 def image_spans(

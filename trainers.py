@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
+from architecture import Architecture, PackCost
 from config import SettingsError
 from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
 from crop_tool import resolve_box
@@ -32,7 +33,7 @@ from judge import Claim, Judge
 from packing import Packer
 from response_format import parse_response
 from rewards import Reference, call_statistics
-from scoring import KeptFeatures, PackCost, accept_features, image_spans, kept_features, pack_rows, plan_packs
+from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
 from sft_data import FAULTS, FaultLog, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
 from vllm_generation import VLLMEngine
@@ -52,6 +53,14 @@ class LoadsByName:
     is and skips, with no more than a warning, every name that it does not know: resuming, or taking the best
     checkpoint, would keep the weights in memory. Adapters and sharded training have their own ways, which work.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # TRL rounds adapters on 4-bit weights to bfloat16, where updates of a learning rate of 1e-5 round away.
+        if isinstance(self.model, PeftModel) and getattr(self.model, "is_loaded_in_4bit", False):
+            for name, parameter in self.model.named_parameters():
+                if ".lora_" in name:  # TRL's reference adapter as well
+                    parameter.data = parameter.data.float()
 
     def _loads_plain_weights(self) -> bool:
         return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -188,7 +197,7 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
         # Only sdpa takes a mask of our own.
         self.shares_prompts = base.config.get_text_config()._attn_implementation == "sdpa"
         self._decoder = Decoder(base, engine.renderer)
-        self._pack_cost = PackCost.of(base)
+        self._pack_cost = PackCost.of(Architecture.from_config(base.config.to_dict()))
         self._image_processor = self.processing_class.image_processor
         for model in (base, self.ref_model):
             if model is not None:

@@ -21,8 +21,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import get_last_checkpoint
 
+from architecture import Architecture
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
+from memory_model import out_of_memory_message, run_of
 from model_utils import LoadedModel, save_companions, save_final_model
+from sharding import zero_stage
 from visualize import plot_training_curves
 
 # transformers 5.23 renames the field; the new name does not exist in 5.17, on which this also runs.
@@ -177,7 +180,8 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     checkpoint = get_last_checkpoint(str(output)) if config.resume and output.is_dir() else None
     _check_same_checkpoint(checkpoint)
     if checkpoint is None:
-        trainer.train()
+        with explained_out_of_memory(trainer, settings, stage):
+            trainer.train()
         return
     check_resumable(checkpoint, settings, stage)
     state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
@@ -187,7 +191,29 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
         trainer.state = state
         return
     say(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with explained_out_of_memory(trainer, settings, stage):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host, which torch reports in words only."""
+    words = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage: str) -> Iterator[None]:
+    """Out of memory ends a run with the settings that would help most, not with a traceback."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sharding = {2: "zero2", 3: "zero3"}.get(zero_stage(trainer), "fsdp2" if trainer.is_fsdp_enabled else "ddp")
+        longest = max(trainer.train_dataset.with_format(None)["length"])
+        run = run_of(settings, stage, trainer.args.world_size, sharding, longest)
+        model = Architecture.from_config(trainer.model.config.to_dict())
+        raise SettingsError(out_of_memory_message(model, run, stage)) from None
 
 
 def _check_same_checkpoint(checkpoint: str | None) -> None:

@@ -67,8 +67,10 @@ def build_renderer() -> Renderer:
     return Renderer(processor, CropContract(image_shorter_side=min(IMAGE), system_prompt="Look closer with crops."))
 
 
-def build_model(shape: str, renderer: Renderer, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    """A random Qwen2.5-VL: float32 on a CPU, bfloat16 on a GPU; sdpa, in eval mode."""
+def build_model(
+    shape: str, renderer: Renderer, device: str, dtype: torch.dtype | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL in `dtype` [float32 on a CPU, bfloat16 on a GPU]; sdpa, in eval mode."""
     (hidden, mlp, layers, heads, kv_heads, vocabulary), (depth, v_hidden, v_heads, v_mlp) = SHAPES[shape]
     ids, dim = renderer.ids, hidden // heads
     half, end = dim // 2, renderer.ids["<|im_end|>"]
@@ -92,7 +94,7 @@ def build_model(shape: str, renderer: Renderer, device: str) -> Qwen2_5_VLForCon
     )  # fmt: skip
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.set_default_dtype(dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
     try:
         with torch.device(device):
             model = Qwen2_5_VLForConditionalGeneration(config)

@@ -1,6 +1,7 @@
 """Settings: default < file < flag, and whatever cannot be is refused at once with a message."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -340,3 +341,43 @@ def test_the_printed_settings_name_both_stages_and_what_is_passed_on():
     assert re.findall(r"max_steps +(\S+)", table) == ["5", "5"]
     assert "None" not in table and "trl" not in table
     assert "[grpo]" not in resolve_training({}, ("sft",)).table()
+
+
+# ------------------------------------------------------------------------------------------- 4-bit weights
+
+
+@pytest.mark.parametrize(
+    ("argv", "stages", "message"),
+    [
+        (
+            ("--load_in_4bit",),
+            ("sft",),
+            "sft: load_in_4bit was given, but 4-bit weights cannot be trained.*add --use_lora",
+        ),
+        (("--load_in_4bit", "--sft_use_lora", "false"), BOTH, "sft: load_in_4bit was given"),
+        (("--load_in_4bit",), ("grpo",), "grpo: load_in_4bit was given.*only an adapter on them"),
+    ],
+)
+def test_four_bit_weights_that_would_have_to_train_are_refused(capsys, argv, stages, message):
+    assert re.search(message, refused(capsys, *argv, stages=stages), re.DOTALL)
+
+
+def test_four_bit_weights_without_bitsandbytes_name_what_to_install(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    message = refused(capsys, "--load_in_4bit", "--use_lora", stages=("sft",))
+    assert "bitsandbytes is not installed: pip install bitsandbytes" in message
+
+
+def test_four_bit_weights_of_a_stage_that_goes_on_with_an_adapter_need_no_use_lora(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find(name))
+    Path("outputs/sft/final_model/adapter_config.json").write_text("{}")
+    assert parse("--load_in_4bit", stages=("grpo",)).model.load_in_4bit
+    assert parse("--load_in_4bit", "--sft_use_lora", stages=BOTH).model.load_in_4bit
+
+
+@pytest.mark.parametrize("name", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")])
+def test_four_bit_weights_are_not_cut_up_over_gpus(capsys, monkeypatch, name):
+    monkeypatch.setenv(*name)
+    assert "use DDP or ZeRO-2" in refused(capsys, "--load_in_4bit", "--use_lora", stages=("sft",))

@@ -16,6 +16,7 @@ import command_line
 import config
 import configure_training
 from configure_training import recommend
+from memory_model import GIB, phases
 
 ROOT = Path(configure_training.__file__).parent
 README_COMMAND = (
@@ -49,7 +50,7 @@ def test_method_changes_at_the_borders_of_the_guidelines(dataset_size, gpu_memor
         (8, (1, 32)),
         (16, (2, 16)),
         (23.9, (2, 16)),
-        (24, (4, 8)),
+        (24, (2, 16)),  # 4 sequences of R-GRPO's longest rollouts do not fit beside the 7B
         (32, (8, 4)),
         (48, (8, 4)),
         (80, (16, 2)),
@@ -94,7 +95,11 @@ def test_small_gpu_gets_the_model_that_fits_and_the_command_names_it():
         ((100, float("nan")), "gpu_memory is nan"),
         ((100, float("inf")), "gpu_memory is inf"),
         ((100, 32, 0), "num_gpus is 0"),
-        ((100, 16, 1, configure_training.DEFAULT_MODEL), "weights take 16.6 GB.*but gpu_memory is 16 GB"),
+        (
+            (100, 16, 1, "Qwen/Qwen2.5-VL-32B-Instruct"),
+            "weights take 20.6 GB.*but gpu_memory is 16 GB: choose a smaller",
+        ),
+        ((100, 16, 1, "Qwen/Qwen2.5-VL-8B"), "no such file or folder. Built in are Qwen/Qwen2.5-VL-3B-Instruct"),
     ],
 )
 def test_bad_input_says_what_was_given_and_what_to_do(arguments, message):
@@ -205,3 +210,54 @@ def test_shipped_model_and_data_configs_are_settings_that_training_accepts(name,
 def test_no_torch_is_imported():
     code = "import sys, configure_training; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_model_too_large_for_the_gpu_is_recommended_in_four_bits(capsys):
+    configure_training.main(
+        ["--dataset_size", "900", "--gpu_memory", "16", "--model_name", configure_training.DEFAULT_MODEL]
+    )
+    out = capsys.readouterr().out
+    assert "LoRA on 4-bit weights, r 64" in out and "pip install bitsandbytes" in out
+    choice = recommend(900, 16, model_name=configure_training.DEFAULT_MODEL)
+    assert "--load_in_4bit --learning_rate" in configure_training.training_command(choice, {})
+
+
+def test_every_recommendation_fits_by_the_memory_model():
+    for dataset_size, gpu_memory, num_gpus in product((900, 40_000, 200_000), (8, 12, 16, 24, 32, 80), (1, 8)):
+        choice = recommend(dataset_size, gpu_memory, num_gpus)
+        for memory in phases(choice.model, choice.run):
+            assert memory.needed <= gpu_memory * GIB, (dataset_size, gpu_memory, num_gpus, memory.phase)
+
+
+def test_rollouts_that_do_not_fit_get_a_bound_of_the_cache_in_command_and_files(tmp_path):
+    choice = recommend(5_000, 24)
+    bound = choice.run.max_batch_tokens
+    assert bound and bound % 4096 == 0
+    assert f"--max_batch_tokens {bound}" in configure_training.training_command(choice, {})
+    configure_training.save_configs(choice, tmp_path, {})
+    assert json.loads((tmp_path / "grpo_config.json").read_text())["max_batch_tokens"] == bound
+
+
+def test_all_weights_on_several_gpus_are_cut_up_and_keep_float32():
+    choice = recommend(200_000, 80, 8)
+    command = configure_training.training_command(choice, {})
+    assert command.startswith("accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes 8 ")
+    assert "--use_lora" not in command and "--dtype" not in command
+
+
+def test_method_batch_and_checkpoints_are_kept_as_given(capsys):
+    given = "--dataset_size 900 --gpu_memory 80 --method qlora --batch_size 2 --gradient_checkpointing false"
+    configure_training.main([*given.split(), "--show_command"])
+    out = capsys.readouterr().out
+    assert "--load_in_4bit" in out and "--batch_size 2 " in out and "--gradient_checkpointing false" in out
+
+
+def test_hours_follow_from_the_measured_throughput():
+    choice = recommend(36_000, 80)
+    run = choice.run
+    found = configure_training.hours(choice, 10_000, 500)
+    assert found["SFT"] == 3 * 36_000 * run.sft_row / 10_000 / 3600
+    assert found["R-GRPO"] == pytest.approx(
+        (36_000 * 8 * 1024 / 500 + 1.25 * 36_000 * 8 * run.rollout_row / 10_000) / 3600
+    )
+    assert set(configure_training.hours(choice, 10_000, None)) == {"SFT"}

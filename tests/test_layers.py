@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("config", "crop_tool", "demo_world"), 0),
+    **dict.fromkeys(("config", "crop_tool", "demo_world", "model_card"), 0),
     **dict.fromkeys(("response_format", "model_utils", "answer_rules", "command_line", "demo_model", "box_frames"), 1),
-    **dict.fromkeys(("conversation", "rewards", "traces", "judge"), 2),
+    "architecture": 1,
+    **dict.fromkeys(("conversation", "rewards", "traces", "judge", "memory_model"), 2),
     **dict.fromkeys(("data_sheet", "token_view", "visualize", "rollouts", "benchmark_data"), 3),
     **dict.fromkeys(("data_utils", "kv_cache", "sampling", "sharding", "packing", "vllm_generation", "measures"), 4),
     **dict.fromkeys(("decoding", "sft_data"), 5),
@@ -18,7 +19,7 @@ FLOORS = {
     "scoring": 7,
     **dict.fromkeys(("trainers", "training", "inference"), 8),
     **dict.fromkeys(("train_sft", "train_grpo", "evaluate"), 9),
-    "demo": 10,
+    **dict.fromkeys(("demo", "probe"), 10),
     "train_qwenvl_25": 11,  # --demo opens demo.py
     **dict.fromkeys(("configure_training", "example_usage"), 12),
 }

@@ -1,12 +1,16 @@
 """The one door: what is saved comes back bit by bit, and what does not fit is refused."""
 
+import importlib.util
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2VLImageProcessor
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
@@ -159,6 +163,16 @@ def test_a_merged_adapter_answers_as_the_adapter_and_not_as_the_base(adapter, ti
     assert (merged.contract, is_adapter(tmp_path / "merged")) == (loaded.contract, False)
 
 
+def test_a_frozen_vision_tower_is_not_run_backwards_for_an_adapter_with_checkpoints(base_folder, batch):
+    """TRL makes input embeddings require gradients then, and a vision tower's patches would be among them."""
+    model = load_for_training(ModelConfig(), DataConfig(), LORA, str(base_folder)).model
+    model.enable_input_require_grads()
+    base = model.get_base_model()
+    features = base.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+    assert not any(part.requires_grad for part in features)
+    assert base.get_input_embeddings()(batch["input_ids"]).requires_grad
+
+
 def test_an_adapter_trains_on_as_an_adapter_whatever_use_lora_says(adapter, batch):
     folder, loaded = adapter
     again = load_for_training(ModelConfig(), DataConfig(), FULL, folder)
@@ -170,6 +184,117 @@ def test_an_adapter_trains_on_as_an_adapter_whatever_use_lora_says(adapter, batc
 def test_an_adapter_folder_is_known_by_its_config_and_names_its_base(adapter, base_folder, tmp_path):
     assert is_adapter(adapter[0]) and base_model_of(adapter[0]) == str(base_folder)
     assert not is_adapter(base_folder) and not is_adapter(tmp_path / "none")
+
+
+def test_a_merge_reports_how_far_the_logits_are_and_brings_processor_contract_and_card(adapter, tmp_path, capsys):
+    folder, loaded = adapter
+    (Path(folder).parent / "training_log.json").write_text(
+        json.dumps({"history": [{"step": 1, "loss": 2.5}, {"step": 9, "loss": 0.75}]})
+    )
+    Image.new("RGB", (8, 8)).save(Path(folder).parent / "training_curves.png")
+    model_utils.main(["--merge", folder, "--output", str(tmp_path / "merged")])
+    out = capsys.readouterr().out
+    difference, effect = map(float, re.search(r"differ by ([\d.e-]+) .* changes them by ([\d.e-]+)", out).groups())
+    assert difference < 1e-4 and effect > 0.05
+    merged = infer(tmp_path / "merged")
+    assert merged.processor.chat_template == loaded.processor.chat_template
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "| training loss | 2.5 | 0.75 | 0.75 |" in card and "9 optimizer steps" in card
+    assert "rank 4" in card and "![training curves](training_curves.png)" in card
+    assert (tmp_path / "merged/training_curves.png").is_file()
+    assert str(Path(folder).parent) not in card, "a card names no folder of the machine"
+
+
+def test_merged_weights_that_answer_otherwise_are_not_written(adapter, tmp_path, monkeypatch):
+    """peft's product of A and B is taken to be a tenth too large."""
+    from peft.tuners.lora.layer import Linear
+
+    product = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.1 * product(self, name))
+    with pytest.raises(SettingsError, match=r"do not answer as .* does: their logits differ by .*Nothing was written"):
+        merge_adapter(adapter[0], str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_overflows_its_dtype_is_refused(adapter, tmp_path):
+    """Logits that are not numbers are no agreement."""
+    shutil.copytree(adapter[0], tmp_path / "huge")
+    file = tmp_path / "huge/adapter_model.safetensors"
+    weights = {name: value * 1e4 if "lora_B" in name else value for name, value in load_file(file).items()}
+    save_file(weights, file)
+    with pytest.raises(SettingsError, match="differ by nan% in float16"):
+        merge_adapter(str(tmp_path / "huge"), str(tmp_path / "merged"), "float16")
+
+
+def test_a_merged_model_is_uploaded_whole_and_private(adapter, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def upload(self, *, repo_id, folder_path, **_):
+        calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo",
+        lambda self, repo, private, exist_ok: calls.append((repo, private, exist_ok)) or f"https://hub/{repo}",
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "merged"), "--push_to_hub", "me/crops"])
+    assert calls[0] == ("me/crops", True, True)
+    assert calls[1][0] == "me/crops"
+    assert {"README.md", "model.safetensors", "crop_contract.json", "chat_template.jinja"} <= calls[1][1]
+    assert "uploaded to https://hub/me/crops" in capsys.readouterr().out
+
+
+def test_an_upload_that_the_hub_refuses_leaves_the_merged_model_and_says_what_to_do(adapter, tmp_path, capsys):
+    """The tests run with the hub switched off."""
+    with pytest.raises(SystemExit):
+        model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "merged"), "--push_to_hub", "me/crops"])
+    assert "is written, but could not be uploaded to me/crops" in capsys.readouterr().err
+    assert infer(tmp_path / "merged").model is not None
+
+
+# --------------------------------------------------------------------------------------------- 4 bits
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_adapters_train_in_float32_on_four_bit_weights_in_both_stages_and_merge_into_whole_ones(
+    base_folder, data_folder, tmp_path
+):
+    from bitsandbytes.nn import Linear4bit
+
+    import train_grpo
+    import train_sft
+
+    flags = {
+        "model_name": str(base_folder), "train_data": f"{data_folder}/train.jsonl", "image_base_path": str(data_folder),
+        "lora_r": 4, "load_in_4bit": True, "use_lora": True, "use_cpu": True, "max_steps": 2, "min_box_side": 1,
+        "sft_learning_rate": 1e-2, "grpo_learning_rate": 1e-2, "disable_tqdm": True, "num_generations": 4,
+        "max_completion_length": 24, "sft_output_dir": f"{tmp_path}/sft", "grpo_output_dir": f"{tmp_path}/grpo",
+        "grpo_gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    settings = resolve_training(flags, ("sft", "grpo"))
+    loaded = load_for_training(settings.model, settings.data, settings.sft, str(base_folder))
+    quantized = {name for name, module in loaded.model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(quantized) == 3 * 7 and all("language_model.layers" in name for name in quantized)
+    sft = train_sft.build_trainer(loaded, settings)
+    _train_and_check(sft)
+    folder = save(loaded, tmp_path / "sft/final_model")
+    again = load_for_training(settings.model, settings.data, settings.grpo, folder)
+    _train_and_check(train_grpo.build_trainer(again, settings))
+    folder = save(again, tmp_path / "grpo/final_model")
+    shutil.rmtree(Path(folder) / "ref", ignore_errors=True)
+    assert merge_adapter(folder, str(tmp_path / "merged")).difference < 1e-4
+    assert infer(tmp_path / "merged").model.dtype == torch.float32
+
+
+def _train_and_check(trainer):
+    """Adapters are float32, TRL's reference too, and training changes the one that trains."""
+    adapters = {name: value for name, value in trainer.model.named_parameters() if ".lora_" in name}
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    before = {name: value.detach().clone() for name, value in adapters.items()}
+    trainer.train()
+    changed = {name for name, value in adapters.items() if not torch.equal(before[name], value)}
+    assert all(".default." in name for name in changed)
+    assert changed
 
 
 def test_merging_what_is_no_adapter_is_refused_in_one_line(base_folder, tmp_path, monkeypatch, capsys):

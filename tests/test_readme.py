@@ -15,6 +15,7 @@ import configure_training
 import data_utils
 import evaluate
 import inference
+import model_utils
 from command_line import parse_training
 from config import EvaluationConfig, build
 
@@ -57,6 +58,7 @@ def test_readme_has_commands_for_every_door():
         "evaluate.py",
         "configure_training.py",
         "data_utils.py",
+        "model_utils.py",
     }
     assert doors <= scripts
 
@@ -73,9 +75,16 @@ def test_command_parses_as_written(command, project, capsys):
     elif script == "evaluate.py":
         config = build(EvaluationConfig, vars(evaluate._parser().parse_args(flags)))
         assert config.model_path.startswith("outputs/")
+    elif script == "model_utils.py":
+        assert model_utils.merge_parser().parse_args(flags).merge == "outputs/grpo/final_model"
+    elif script == "configure_training.py" and "--probe" in flags:
+        assert configure_training.build_parser().parse_args(flags).probe == "sft"
     elif script == "configure_training.py":
         configure_training.main(flags)
-        assert "train_qwenvl_25.py" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        shown = [line for line in README.splitlines() if " of 32: weights" in line]
+        expected = ["train_qwenvl_25.py"] if "--show_command" in flags else shown
+        assert expected and all(line in out for line in expected)
     elif script == "data_utils.py":
         assert data_utils.main(flags) == 1, "the row of the test's file is faulty"
     else:

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from trl.trainer.utils import add_fused_lm_head
 
+from architecture import Architecture, PackCost
 from conversation import IMAGE_PAD, IMAGE_TOKENS
 from generation import CropEngine, SamplingParams
-from scoring import KeptFeatures, PackCost, accept_features, image_spans, kept_features, pack_rows, plan_packs
+from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
 
 SIZES = [(448, 448), (600, 300)]
 CALL = "<tool_call>[{x}, 3, 40, {y}]</tool_call>"
@@ -175,6 +176,6 @@ def test_a_long_completion_is_packed_less_and_a_long_prompt_more():
 
 
 def test_the_cost_of_a_model_is_read_from_its_layers(tiny_model):
-    cost = PackCost.of(tiny_model)
+    cost = PackCost.of(Architecture.from_config(tiny_model.config.to_dict()))
     weights = sum(value.numel() for value in tiny_model.model.language_model.layers[1].parameters())
     assert (cost.per_token, cost.per_pair) == (2 * weights, 4 * 128)
