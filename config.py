@@ -99,7 +99,7 @@ class StageConfig:
     )
     save_total_limit: int = setting(3, "checkpoints kept")
     seed: int = setting(42, "seed of weights, order and sampling")
-    resume: bool = setting(True, "go on from the newest checkpoint in output_dir, where there is one")
+    resume: bool = setting(True, "go on from the newest whole checkpoint in output_dir, where there is one")
     trl: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -30,6 +30,7 @@ PROBED_ROWS = 32
 MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
 CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
 FAULTS = "faults"  # key of a batch: how many rows were drawn, and what was wrong with those that were left out
+ROWS = "rows"  # key of a batch: (line, entry) of each row that was drawn
 # Batches of like length waste little on padding. Sorting by the exact length, though, fills a batch with near copies
 # (the same words, the same number of digits), and learning stalls: within a bucket the order is random.
 BUCKET_TOKENS = 64
@@ -178,8 +179,9 @@ def _bytes(encoded: EncodedExample) -> int:
 class SFTCollator:
     """Rows of the examples' table, or of the index of a file that is checked row by row -> model inputs.
 
-    A row that turns out to be faulty is left out; the batch is smaller, and says under `FAULTS` which row it was.
-    A batch of faulty rows alone is one blank picture without loss: every process keeps in step.
+    `ROWS` says which rows they are. A row that turns out to be faulty is left out; the batch is smaller, and says under
+    `FAULTS` which row it was. A batch of faulty rows alone is one blank picture without loss: every process keeps in
+    step.
     """
 
     encoder: ExampleEncoder
@@ -190,7 +192,8 @@ class SFTCollator:
             found = self._encode(row)
             (encoded if isinstance(found, EncodedExample) else faults).append(found)
         batch = model_inputs(encoded or [self._blank], self.encoder.renderer)
-        return batch | ({FAULTS: (len(rows), faults)} if faults else {})
+        keys = [(row["line"], row["entry"]) for row in rows]
+        return batch | {ROWS: keys} | ({FAULTS: (len(rows), faults)} if faults else {})
 
     def _encode(self, row: dict[str, Any]) -> EncodedExample | dict[str, Any]:
         """The encoded row, or what is wrong with it."""

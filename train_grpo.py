@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +77,9 @@ def build_trainer(
     from data_utils import load_examples
     from generation import SamplingParams
     from judge import Judge
+    from model_utils import save_companions
     from rewards import reward_parts
     from trainers import CropGRPOTrainer
-    from training import CheckpointCompanions
 
     config, data = settings.grpo, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
@@ -92,7 +93,8 @@ def build_trainer(
         reward_funcs=as_reward_functions(parts),
         train_dataset=examples.with_transform(_with_prompt),
         processing_class=loaded.processor,
-        callbacks=[*(callbacks or []), CheckpointCompanions(loaded, settings)],
+        callbacks=callbacks,
+        companions=partial(save_companions, processor=loaded.processor, contract=loaded.contract, settings=settings),
         engine=build_engine(loaded, renderer, settings),
         sampling=SamplingParams(
             config.max_completion_length,

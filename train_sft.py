@@ -10,6 +10,7 @@ files that are checked as they are drawn.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,9 @@ def build_trainer(
 
     from conversation import Renderer
     from data_utils import load_examples
+    from model_utils import save_companions
     from sft_data import ExampleEncoder, FaultLog, SFTCollator, load_training_rows
     from trainers import CropSFTTrainer
-    from training import CheckpointCompanions
 
     config, data = settings.sft, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
@@ -82,7 +83,7 @@ def build_trainer(
         fault_logs["eval"] = FaultLog(data.val_data, bad_rows)
     uses_sdpa = loaded.model.config.get_text_config()._attn_implementation == "sdpa"
     default_packing = torch.cuda.is_available() and uses_sdpa and not config.trl.get("label_smoothing_factor")
-    callbacks = [*(callbacks or []), CheckpointCompanions(loaded, settings)]
+    callbacks = [*(callbacks or [])]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     return CropSFTTrainer(
@@ -93,6 +94,7 @@ def build_trainer(
         eval_dataset=validation,
         processing_class=loaded.processor,
         callbacks=callbacks,
+        companions=partial(save_companions, processor=loaded.processor, contract=loaded.contract, settings=settings),
         fault_logs=fault_logs,
         padding_free=default_packing if config.padding_free is None else config.padding_free,
     )

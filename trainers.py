@@ -1,4 +1,4 @@
-"""TRL's trainers as this project needs them; the only file that touches private methods of TRL and transformers.
+"""TRL's trainers as this project needs them; only this file and resuming.py touch private methods of the libraries.
 
 TRL is pinned to 1.16; tests/test_trainers.py pins what is relied on.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinned with TRL; the notice helps no user
@@ -20,7 +19,7 @@ from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import GRPOTrainer, SFTTrainer
-from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from architecture import Architecture, PackCost
 from config import SettingsError
@@ -32,9 +31,10 @@ from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
 from packing import Packer
 from response_format import parse_response
+from resuming import Resumable, Row
 from rewards import Reference, call_statistics
 from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
-from sft_data import FAULTS, FaultLog, length_buckets
+from sft_data import FAULTS, ROWS, FaultLog, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
 from vllm_generation import VLLMEngine
 
@@ -44,49 +44,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Engine = CropEngine | VLLMEngine
+LOGGED = ("prompt", "completion", "advantages")  # what TRL keeps of the last rollouts for `log_completions`
 
 
-class LoadsByName:
-    """Loads full weights of a checkpoint by the names under which transformers saved them.
-
-    `save_pretrained` writes Qwen2.5-VL in the hub's layout (`visual.…`), but `Trainer` reads the file back as it
-    is and skips, with no more than a warning, every name that it does not know: resuming, or taking the best
-    checkpoint, would keep the weights in memory. Adapters and sharded training have their own ways, which work.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        # TRL rounds adapters on 4-bit weights to bfloat16, where updates of a learning rate of 1e-5 round away.
-        if isinstance(self.model, PeftModel) and getattr(self.model, "is_loaded_in_4bit", False):
-            for name, parameter in self.model.named_parameters():
-                if ".lora_" in name:  # TRL's reference adapter as well
-                    parameter.data = parameter.data.float()
-
-    def _loads_plain_weights(self) -> bool:
-        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_plain_weights(self, folder: str) -> None:
-        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._loads_plain_weights():
-            self._load_plain_weights(resume_from_checkpoint)
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel) and Path(resume_from_checkpoint, "adapter_model.safetensors").is_file():
-            # Where a reference adapter lies in a folder beside it, transformers before 5.23 loads that one alone.
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-            self.model.set_adapter("default")
-
-    def _load_best_model(self) -> None:
-        if self._loads_plain_weights():
-            self._load_plain_weights(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-
-class CropSFTTrainer(LoadsByName, SFTTrainer):
+class CropSFTTrainer(Resumable, SFTTrainer):
     """SFT on batches of our collator, each of rows of about the same length.
 
     fault_logs: for "train" and "eval" what counts and names the faulty rows that the collator left out.
@@ -101,6 +62,7 @@ class CropSFTTrainer(LoadsByName, SFTTrainer):
         if self.is_fsdp_enabled:
             gather_head_with_the_model(self.model)
         self.fault_logs = fault_logs
+        self._batch_rows: list[Row] = []
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if padding_free and self.label_smoother is not None:
             raise SettingsError("label smoothing needs the padded logits: leave --padding_free off, or the smoothing")
@@ -111,15 +73,28 @@ class CropSFTTrainer(LoadsByName, SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         # Rows of like length on all processes: none waits for another.
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return SeededOrder(size, length_buckets(train_dataset or self.train_dataset), self.args.seed)
+        self._order = SeededOrder(size, length_buckets(train_dataset or self.train_dataset), self.args.seed)
+        return self._order
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        generator = torch.Generator().manual_seed(seed)
-        lengths = length_buckets(eval_dataset)
-        return LengthGroupedSampler(self.args.eval_batch_size, lengths=lengths, generator=generator)
+        return SeededOrder(self.args.eval_batch_size, length_buckets(eval_dataset), seed)
+
+    def progress(self) -> dict[str, Any]:
+        faults = {mode: (log.drawn, log.skipped, sorted(log.known)) for mode, log in self.fault_logs.items()}
+        return super().progress() | {"tokens": self._total_train_tokens, "faults": faults}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
+        self._total_train_tokens = progress["tokens"]
+        for mode, (drawn, skipped, known) in progress["faults"].items():
+            log = self.fault_logs[mode]
+            log.drawn, log.skipped, log.known = drawn, skipped, set(known)
+
+    def rows_of_batch(self) -> list[Row]:
+        return self._batch_rows
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
@@ -130,6 +105,7 @@ class CropSFTTrainer(LoadsByName, SFTTrainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._batch_rows = inputs.pop(ROWS, [])
         if self._packer is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         tokens = self._total_train_tokens + self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
@@ -149,14 +125,31 @@ class SeededOrder(LengthGroupedSampler):
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
-class CropGRPOTrainer(LoadsByName, GRPOTrainer):
+class SeededGroups(RepeatSampler):
+    """As TRL's sampler, but the order of an epoch comes from seed and epoch alone: the same after a resume."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class CropGRPOTrainer(Resumable, GRPOTrainer):
     """R-GRPO: rollouts come from our engine, and each row is scored with its main image and its crops.
 
     Inserted crop tokens carry no loss (`env_mask`, born in the engine). Reward functions get `rollout` and
@@ -181,6 +174,7 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
         self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
+        self._batch_keys: list[Row] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
             self.use_vllm, self.vllm_generation, self._last_loaded_step = True, engine, -1
@@ -203,9 +197,41 @@ class CropGRPOTrainer(LoadsByName, GRPOTrainer):
             if model is not None:
                 accept_features(self.accelerator.unwrap_model(model))
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        given = super()._get_train_sampler(dataset)
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        self._order = SeededGroups(**{name: getattr(given, name) for name in names})
+        return self._order
+
+    def progress(self) -> dict[str, Any]:
+        own = {"micro_batches": self._step, "rows": self._batch_keys}
+        if self._step % (self.args.steps_per_generation * self.num_iterations):  # rollouts wait for their step
+            own["buffer"] = self._buffered_inputs
+        if self.args.log_completions:
+            own["logs"] = {name: list(self._logs[name]) for name in LOGGED}
+            own["logs"]["rewards"] = {name: list(values) for name, values in self._logs["rewards"].items()}
+        return super().progress() | own
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
+        self._step, self._batch_keys = progress["micro_batches"], progress["rows"]
+        self._buffered_inputs = progress.get("buffer")
+        logs = progress.get("logs", {})
+        for name, values in logs.pop("rewards", {}).items():
+            self._logs["rewards"][name].extend(values)
+        for name, values in logs.items():
+            self._logs[name].extend(values)
+
+    def rows_of_batch(self) -> list[Row]:
+        parts = self.args.steps_per_generation
+        size, place = len(self._batch_keys) // parts, (self._step - 1) % parts  # TRL has counted it already
+        return self._batch_keys[place * size : (place + 1) * size]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL writes the reward columns into the rows it is given, and G rows may be one and the same dict.
         self._batch_rows = [dict(row) for row in inputs]
+        if self.model.training:
+            self._batch_keys = [(row["line"], row["entry"]) for row in inputs]
         try:
             output = super()._generate_and_score_completions(self._batch_rows)
         finally:

@@ -1,4 +1,4 @@
-"""What both stages share around TRL's trainers: arguments, resume, checkpoints' companions, the end of a run."""
+"""What both stages share around TRL's trainers: arguments, where to go on from, the end of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import get_last_checkpoint
 
 from architecture import Architecture
+from checkpoints import StoppedError, checkpoints_in, full_disk_reported, newest_whole, remove_leftovers
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
 from memory_model import out_of_memory_message, run_of
-from model_utils import LoadedModel, save_companions, save_final_model
+from model_utils import LoadedModel, save_final_model
+from resuming import StopOnSignal
 from sharding import zero_stage
 from visualize import plot_training_curves
 
@@ -50,18 +51,6 @@ def common_arguments(config: StageConfig) -> dict[str, Any]:
     values["logging_first_step"] = True
     values["dataloader_pin_memory"] = torch.cuda.is_available()
     return values
-
-
-class CheckpointCompanions(TrainerCallback):
-    """Puts crop contract and settings beside the weights of every checkpoint."""
-
-    def __init__(self, loaded: LoadedModel, settings: TrainingSettings) -> None:
-        self.loaded, self.settings = loaded, settings
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            save_companions(folder, self.loaded.processor, self.loaded.contract, self.settings)
 
 
 class Throughput(TrainerCallback):
@@ -177,8 +166,20 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     say = print if is_main_process() else (lambda *_: None)
     say(f"{trained:,} of {total:,} parameters train; {attention} attention; device {trainer.args.device}")
     trainer.add_callback(Throughput())
-    checkpoint = get_last_checkpoint(str(output)) if config.resume and output.is_dir() else None
-    _check_same_checkpoint(checkpoint)
+    if is_main_process():
+        remove_leftovers(output)
+    checkpoint = find_checkpoint(output, say) if config.resume else None
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.listening():
+        _train_from(checkpoint, trainer, settings, stage, say)
+        if stop.received:  # after the last step
+            stop.stop(config.output_dir)
+
+
+def _train_from(
+    checkpoint: str | None, trainer: Trainer, settings: TrainingSettings, stage: str, say: Callable[..., None]
+) -> None:
     if checkpoint is None:
         with explained_out_of_memory(trainer, settings, stage):
             trainer.train()
@@ -216,20 +217,32 @@ def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage:
         raise SettingsError(out_of_memory_message(model, run, stage)) from None
 
 
-def _check_same_checkpoint(checkpoint: str | None) -> None:
-    """Processes that start at different steps would wait for each other for ever."""
-    found = gather_object([checkpoint and Path(checkpoint).name])
+def find_checkpoint(output: Path, say: Callable[[str], Any]) -> str | None:
+    """The newest whole checkpoint, the same on all processes; None where there is none at all.
+
+    Raises:
+        SettingsError: where every checkpoint is broken, or where processes see different ones: they would start at
+            different steps, and wait for each other for ever.
+    """
+    there = checkpoints_in(output)
+    found = gather_object([there[0].name if there else None])
     if len(set(found)) > 1:
         raise SettingsError(
             f"the processes see different checkpoints ({', '.join(map(str, found))}): output_dir must be on a disk "
             "that all machines share"
         )
+    chosen = [newest_whole(output, say) if is_main_process() else None]
+    broadcast_object_list(chosen)
+    if there and chosen[0] is None:
+        raise SettingsError(f"no checkpoint in {output} is whole: --resume false starts anew, and replaces them")
+    return chosen[0] and str(chosen[0])
 
 
 def finish(trainer: Trainer, loaded: LoadedModel, settings: TrainingSettings, stage: str, output_dir: str) -> Path:
     """Save final model, log and curves; returns the folder of the final model."""
     folder = Path(output_dir, "final_model")
-    save_final_model(trainer, loaded, settings, folder)
+    with full_disk_reported(output_dir, "final_model"):
+        save_final_model(trainer, loaded, settings, folder)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         log = {"settings": _stage_settings(settings, stage), "history": history}
@@ -250,9 +263,15 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def exit_with_message(command: str) -> Iterator[None]:
-    """A setting or data that cannot be used ends the command with its message, without a traceback."""
+    """A setting or data that cannot be used, or a stop in good order, ends the command with its message alone."""
     try:
         yield
+    except StoppedError as stopped:
+        print(f"{command}: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
+    except KeyboardInterrupt:
+        print(f"{command}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
     except SettingsError as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

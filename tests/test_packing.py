@@ -9,6 +9,7 @@ from test_trainers import LORA, gradient_positions, settings_for, sft_trainer
 from config import SettingsError
 from conversation import IGNORED
 from packing import Packer
+from sft_data import ROWS
 from training import train
 
 PACKED = {"padding_free": "true"}
@@ -30,6 +31,7 @@ def mixed_batch(trainer):
         words = "there is more to say " * (3 * count + 1)
         row["response"] = f"<think>\n{call * count}{words}\n</think>\n\n<answer>yes</answer>"
     batch = trainer.data_collator(rows)
+    batch.pop(ROWS)
     assert len(set(batch["attention_mask"].sum(1).tolist())) == 4
     assert len(batch["image_grid_thw"]) == 4 + 0 + 1 + 2 + 3
     return batch

@@ -14,7 +14,7 @@ from config import DataConfig, SettingsError
 from conversation import IGNORED
 from data_utils import check_file
 from sft_data import FAULTS as FAULTS_KEY
-from sft_data import ExampleEncoder, FaultLog, SFTCollator, is_lazy, length_buckets, load_training_rows
+from sft_data import ROWS, ExampleEncoder, FaultLog, SFTCollator, is_lazy, length_buckets, load_training_rows
 
 LAZY = {"data_check": "lazy"}
 # This one is a fault in the default frame only.
@@ -201,6 +201,8 @@ def test_a_drawn_row_is_encoded_as_a_checked_one_in_this_process_or_a_worker(
         batches.append(list(loader))
     lazy, full = batches
     assert lazy[2].pop(FAULTS_KEY)[1][0]["line"] == 8
+    drawn = [[key for batch in side for key in batch.pop(ROWS)] for side in batches]
+    assert drawn[0] == [*drawn[1], (8, 0)] and len(drawn[1]) == 8
     for one, two in zip(lazy, full, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
