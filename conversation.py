@@ -5,12 +5,14 @@ SFT, rollouts, scoring and inference all get their tokens from `Renderer`.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 
 from crop_tool import (
     CALL_CLOSE,
@@ -41,6 +43,7 @@ IMAGE_TOKENS = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)  # the model nev
 IGNORED = -100  # label of a token without loss
 # A truncated image is an error, never a picture with a grey lower half.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+EpsImagePlugin.gs_binary = False  # PostScript is a program: Pillow would have Ghostscript run it
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -49,7 +52,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 def load_image(source: str | Path | Image.Image, base: str | Path | None = None) -> Image.Image:
     """An image as RGB in its original pixels, upright, alpha over white.
 
-    source: a PIL image, a URL or data URI (fetched by qwen-vl-utils), or a path, relative to `base` if given.
+    source: a PIL image, a data URI, a URL (fetched by qwen-vl-utils), or a path, relative to `base` if given.
 
     Raises:
         ValueError: for a path that leaves `base`, a missing file, or one that cannot be decoded whole.
@@ -57,27 +60,32 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
     if isinstance(source, Image.Image):
         return _as_rgb(source)
     text = str(source)
-    if text.startswith(("http://", "https://", "data:image")):
-        return _as_rgb(_fetch(text))
-    path = resolve_image_path(text, base)
+    is_path = not text.startswith(("http://", "https://", "data:image"))
+    path = resolve_image_path(text, base) if is_path else None
     try:
-        with Image.open(path) as image:
+        with _open(path if is_path else text) as image:
             return _as_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"missing image {text}") from None
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable image {text}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever broken bytes lead a decoder into
+        reason = str(error) if is_path else type(error).__name__
+        raise ValueError(f"unreadable image {text:.80}: {reason}") from None
 
 
-def _fetch(address: str) -> Image.Image:
-    """The image at a URL or in a data URI, in its original size."""
+def _open(source: Path | str) -> Image.Image:
+    """The image at a path, at a URL or in a data URI, in its original size; more than 179 megapixels are refused."""
+    if isinstance(source, Path):
+        if source.exists() and not (source.is_file() or source.is_dir()):  # reading a pipe would wait for ever
+            raise ValueError("it is no file")
+        return Image.open(source)
+    if source.startswith("data:image"):
+        return Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
     from qwen_vl_utils.vision_process import SPATIAL_MERGE_SIZE, fetch_image
 
-    try:
-        # A factor of one pixel keeps the original size, in which boxes are given.
-        return fetch_image({"image": address, "max_pixels": 2**31}, image_patch_size=1 / SPATIAL_MERGE_SIZE)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"unreadable image {address:.80}: {type(error).__name__}") from None
+    # A factor of one pixel keeps the original size, in which boxes are given.
+    return fetch_image({"image": source, "max_pixels": 2**31}, image_patch_size=1 / SPATIAL_MERGE_SIZE)
 
 
 def resolve_image_path(path: str, base: str | Path | None) -> Path:
@@ -97,14 +105,27 @@ def resolve_image_path(path: str, base: str | Path | None) -> Path:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "F"):
+        raise ValueError("its values have 32 bits, whose range is not known: save it with 8 or 16")
+    if upright.mode.startswith("I;16"):
+        return _of_16_bits(upright)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         white = Image.new("RGB", rgba.size, "white")
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
-    if upright.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255: all white
-        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return upright.convert("RGB")
+
+
+def _of_16_bits(grey: Image.Image) -> Image.Image:
+    """Scaled to 8 bits; Pillow would clip at 255, all white."""
+    import numpy as np
+
+    values = np.asarray(grey.convert("I"))
+    shown = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in grey.info:
+        shown.paste("white", mask=Image.fromarray(values == grey.info["transparency"]))
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------- examples

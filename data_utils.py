@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from box_frames import FRAMES, FrameGuess, convert_file, detect_frame
 from config import DataConfig, SettingsError, convert, is_main_process, own_fields, placeholder
@@ -78,8 +78,7 @@ class Checker:
         for start, end, line in ranges:
             with open(self.data.train_data, "rb") as file:
                 file.seek(start)
-                while (offset := file.tell()) < end:
-                    raw = file.readline()
+                while (offset := file.tell()) < end and (raw := next_line(file)):
                     if raw.strip():
                         for checked in self.row(line, raw):
                             yield replace(checked, offset=offset)
@@ -98,7 +97,7 @@ class Checker:
         """One entry of the line that begins at `offset`, checked, and its image where that can be read."""
         with open(self.data.train_data, "rb") as file:
             file.seek(offset)
-            raw = file.readline()
+            raw = next_line(file)
         opened = self._open(line, raw)
         if isinstance(opened, Checked):
             return replace(opened, offset=offset), None
@@ -116,9 +115,9 @@ class Checker:
 
     def _parse(self, raw: bytes) -> tuple[str, list[Any]]:
         if len(raw) > MAX_LINE_BYTES:
-            raise ValueError(f"bad JSON: the line is {len(raw):,} bytes long (at most {MAX_LINE_BYTES:,})")
+            raise ValueError(f"bad JSON: the line is longer than {MAX_LINE_BYTES:,} bytes")
         try:
-            row = json.loads(raw.decode("utf-8-sig").rstrip())
+            row = json.loads(raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:  # its own text counts lines inside the row
             raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
         except (ValueError, RecursionError) as error:
@@ -200,6 +199,14 @@ class Checker:
         return Renderer.length(_TextEstimate(self.contract), example, size)  # type: ignore[arg-type]
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python would keep the last, and drop the others in silence
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
 def refuse_surrogates(text: str, key: str) -> None:
     try:
         text.encode()
@@ -224,7 +231,7 @@ def cut_at_lines(path: str, parts: int) -> list[tuple[int, int]]:
     with open(path, "rb") as file:
         while start < size:
             file.seek(min(start + math.ceil(size / parts), size) - 1)
-            file.readline()
+            next_line(file)
             ranges.append((start, file.tell()))
             start = file.tell()
     return ranges
@@ -236,10 +243,31 @@ def byte_ranges(path: str, parts: int) -> list[tuple[int, int, int]]:
     with open(path, "rb") as file:
         for start, end in cut_at_lines(path, parts):
             ranges.append((start, end, line))
-            file.seek(start)
-            for at in range(start, end, PART_BYTES):
-                line += file.read(min(PART_BYTES, end - at)).count(b"\n")
+            line += count_lines(file, start, end)
     return ranges
+
+
+def count_lines(file: BinaryIO, start: int, end: int) -> int:
+    """The line ends between two places of a file."""
+    file.seek(start)
+    return sum(file.read(min(PART_BYTES, end - at)).count(b"\n") for at in range(start, end, PART_BYTES))
+
+
+def next_line(file: BinaryIO) -> bytes:
+    """The next line, b"" at the end; of one that is too long to be a row no more than shows it, for memory's sake."""
+    line = rest = file.readline(MAX_LINE_BYTES + 1)
+    while rest and not rest.endswith(b"\n"):
+        rest = file.readline(PART_BYTES)
+    return line
+
+
+def copy_line(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy the next line, however long, with a line end."""
+    while piece := source.readline(PART_BYTES):
+        target.write(piece)
+        if piece.endswith(b"\n"):
+            return
+    target.write(b"\n")
 
 
 def process_count(data: DataConfig) -> int:
@@ -264,6 +292,9 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
     """Every QnA entry of `data.train_data`, checked, as a memory-mapped table with the columns of `Checked`.
 
     The table is kept on disk and used again while the file, its images and the settings are the same.
+
+    Raises:
+        SettingsError: where the file is empty, or was changed while it was read.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -290,13 +321,21 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
     features |= {"width": "int32", "height": "int32"}
     features |= dict.fromkeys(("image_path", "question", "response", "fault"), "string")
     processes = process_count(data)
-    return datasets.Dataset.from_generator(
+    table = datasets.Dataset.from_generator(
         _generate,
         features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
         gen_kwargs={"ranges": byte_ranges(path, processes), "checker": checker},
         num_proc=processes if processes > 1 else None,
         fingerprint=fingerprint,
     )
+    refuse_changed(path, about)
+    return table
+
+
+def refuse_changed(path: str, before: os.stat_result) -> None:
+    now = os.stat(path)
+    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise SettingsError(f"{path} was changed while it was read: start again when it is complete")
 
 
 def images_state(checker: Checker) -> str:
@@ -327,12 +366,11 @@ def lines_of(path: str, start: int, end: int) -> Iterator[tuple[int, int, bytes]
     """The lines of a byte range that hold anything: `(number within the range from 0, offset, line)`."""
     with open(path, "rb") as file:
         file.seek(start)
-        for number, raw in enumerate(file):
-            if start >= end:
-                return
+        number = 0
+        while (offset := file.tell()) < end and (raw := next_line(file)):
             if not raw.isspace():
-                yield number, start, raw
-            start += len(raw)
+                yield number, offset, raw
+            number += 1
 
 
 def _generate(ranges: list[tuple[int, int, int]], checker: Checker) -> Iterator[dict[str, Any]]:
@@ -375,9 +413,11 @@ def write_bad_rows(path: str, lines: set[int], output: str) -> None:
         raise SettingsError(f"bad_rows_file is {output}, the data file itself: give another name")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "rb") as source, open(output, "wb") as target:
-        for number, raw in enumerate(source, start=1):
+        for number in range(1, max(lines, default=0) + 1):
             if number in lines:
-                target.write(raw if raw.endswith(b"\n") else raw + b"\n")
+                copy_line(source, target)
+            else:
+                next_line(source)
 
 
 def as_example(row: dict[str, Any]) -> Example:
@@ -471,8 +511,9 @@ def show_example(data: DataConfig, model_name: str | None, which: str, html: str
         raise SettingsError(f"--show is {which!r}, but it must be a line from 1, or line:entry")
     line, entry = int(number), int(entry or 0)
     with open(data.train_data, "rb") as file:
-        offset = sum(len(raw) for _, raw in zip(range(line - 1), file, strict=False))
-        raw = file.readline()
+        for _ in range(line - 1):
+            next_line(file)
+        offset, raw = file.tell(), next_line(file)
     renderer = load_renderer(data, model_name)
     checker = Checker(data, renderer.contract, renderer)
     if not raw.strip():

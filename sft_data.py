@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, SettingsError, is_main_process
 from conversation import IGNORED, EncodedExample, Example, Renderer, cut_to_length, load_image, model_inputs
-from data_utils import MAX_LINE_BYTES, Checker, as_example, describe_faults, lines_of, load_examples, over_parts
+from data_utils import (
+    MAX_LINE_BYTES,
+    Checker,
+    as_example,
+    copy_line,
+    count_lines,
+    describe_faults,
+    lines_of,
+    load_examples,
+    over_parts,
+    refuse_changed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +83,7 @@ def index_examples(data: DataConfig, renderer: Renderer, bad_rows_file: str) -> 
     import pyarrow
 
     path = data.train_data
+    about = os.stat(path)
     parts = over_parts(_index_part, data, path, data.answer_key)
     first = np.cumsum([1, *(lines for lines, _ in parts)])
     line, entry, offset, length = np.concatenate([part for _, part in parts], axis=1) if parts else np.zeros((4, 0))
@@ -79,7 +91,7 @@ def index_examples(data: DataConfig, renderer: Renderer, bad_rows_file: str) -> 
     if len(line) == 0:
         raise SettingsError(f"{path} is empty")
     columns = {"line": line, "entry": entry.astype("int32"), "offset": offset, "length": length.astype("int32")}
-    about = os.stat(path)
+    refuse_changed(path, about)
     table = datasets.Dataset(
         datasets.table.InMemoryTable(pyarrow.table(columns)),
         fingerprint=hashlib.sha256(f"{os.path.abspath(path)} {about}".encode()).hexdigest()[:32],
@@ -98,8 +110,7 @@ def _index_part(start: int, end: int, path: str, answer_key: str) -> tuple[int, 
         for entry, length in enumerate(lengths or [0]):  # a faulty line is drawn, too, and named then
             found += (number, entry, offset, length)
     with open(path, "rb") as file:
-        file.seek(start)
-        lines = file.read(end - start).count(b"\n")
+        lines = count_lines(file, start, end)
     return lines, np.array(found, dtype=np.int64).reshape(-1, 4).T
 
 
@@ -269,5 +280,4 @@ class FaultLog:
         Path(self.bad_rows_file).parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "rb") as source, open(self.bad_rows_file, "ab") as target:
             source.seek(offset)
-            raw = source.readline()
-            target.write(raw if raw.endswith(b"\n") else raw + b"\n")
+            copy_line(source, target)

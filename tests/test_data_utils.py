@@ -1,18 +1,20 @@
 """Data: every fault is named with its line, sound rows train, and batches carry loss where they should."""
 
-import base64
-import io
 import json
 import os
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_images import png
 
 import data_utils
 import sft_data
@@ -52,6 +54,8 @@ def images(tmp_path_factory):
     (base / "text.jpg").write_text("no picture")
     Image.new("RGB", (6030, 30)).save(base / "strip.png")
     Image.new("L", (6000, 4000)).save(base / "large.png")
+    (base / "bomb.png").write_bytes(png((30_000, 30_000), 1, 0, (b"\0" * 3751) * 30_000))
+    os.mkfifo(base / "pipe.jpg")
     return base
 
 
@@ -72,6 +76,14 @@ FAULTS = {
     "no JSON": ('{"image_path": ', r"bad JSON: Expecting value at character 15"),
     "no text": (b'{"image_path": "\xff"}', r"bad JSON: 'utf-8' codec can't decode byte 0xff in position 16: .*"),
     "nested without end": ("[" * 100_000, r"bad JSON: maximum recursion depth exceeded.*"),
+    "key that stands twice": (
+        row()[:-1] + ', "QnA": [{"Q": "other?", "A3": "x"}]}',
+        r"bad JSON: the key 'QnA' stands twice in an object",
+    ),
+    "answer that stands twice": (
+        row().replace('"A3"', '"A3": "first", "A3"'),
+        r"bad JSON: the key 'A3' stands twice in an object",
+    ),
     "no object": ("[1]", r"bad JSON: a row must be an object, this is list"),
     "half a surrogate pair": (
         row(question="\ud800 there?"),
@@ -96,6 +108,8 @@ FAULTS = {
     ),
     "blank answer": (row(answer=" \n"), r"missing key 'A3': it must be non-empty text"),
     "missing image": (row(image="none.jpg"), r"missing image none\.jpg"),
+    "decompression bomb": (row(image="bomb.png"), r"unreadable image bomb\.png: Image size \(900000000 pixels\) .*"),
+    "image is a pipe": (row(image="pipe.jpg"), r"unreadable image pipe\.jpg: it is no file"),
     "image is a folder": (row(image="."), r"unreadable image \.: .*Is a directory.*"),
     "truncated JPEG": (
         row(image="truncated.jpg"),
@@ -323,6 +337,62 @@ def test_a_file_in_parts_gives_the_rows_and_line_numbers_of_the_whole(tmp_path_f
     assert checked == list(checker.rows(byte_ranges(str(path), 1)))
 
 
+LONG_LINE = """
+import os, resource, sys
+from config import DataConfig
+from conversation import Renderer
+from data_utils import check_file, main
+from model_utils import load_processor
+from sft_data import index_examples
+base, images, *files = sys.argv[1:]
+renderer = Renderer(*load_processor(base))
+for file in files:
+    data = DataConfig(train_data=file, image_base_path=images)
+    print(main(["--check", file, "--image_base_path", images]), len(index_examples(data, renderer, file + ".bad")))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_a_line_of_100_megabytes_is_a_fault_that_costs_little_memory(images, base_folder, tmp_path):
+    short = write(tmp_path / "short.jsonl", [row(), row(), "[1]", row()])
+    long = tmp_path / "long.jsonl"
+    with open(long, "wb") as file:
+        file.write((row() + "\n" + row()[:-2] + ' "').encode())
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+        file.write(('"}\n[1]\n' + row() + "\n").encode())
+    command = [sys.executable, "-c", LONG_LINE, base_folder, images, short, long]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.findall(r"^1 (\d+)$", done.stdout, re.MULTILINE) == ["4", "4"]
+    faults = re.findall(r"^  line (\d+), QnA\[0\]: (.*)$", done.stdout.partition("long.jsonl")[2], re.MULTILINE)
+    assert ("2", "bad JSON: the line is longer than 33,554,432 bytes") in faults
+    assert {line for line, _ in faults} == {"2", "3"}
+    before, after = map(int, re.findall(r"^(\d+)$", done.stdout, re.MULTILINE))
+    assert after - before < 90, f"{before} and {after} MiB"
+    bad = Path(f"{long}.bad_rows.jsonl")
+    assert bad.stat().st_size == long.stat().st_size - 2 * len(row() + "\n"), "the row is kept whole"
+
+
+@pytest.mark.parametrize("count", [0, 50, 300])
+def test_a_file_changed_while_it_is_read_is_refused_and_read_anew_later(images, tmp_path, monkeypatch, count):
+    path = write(tmp_path / "train.jsonl", [row()] * 200)
+    load, calls = Checker._image, []
+
+    def meddle(checker, name):
+        calls.append(name)
+        if len(calls) == 3:
+            write(tmp_path / "train.jsonl", [row(), *[row(question="new?")] * count])
+        return load(checker, name)
+
+    monkeypatch.setattr(Checker, "_image", meddle)
+    data = DataConfig(train_data=path, image_base_path=str(images))
+    with pytest.raises(SettingsError, match="was changed while it was read: start again when it is complete"):
+        check_file(data, CropContract())
+    monkeypatch.undo()
+    assert len(check_file(data, CropContract())) == count + 1
+
+
 def test_two_processes_check_as_one_does(images, tmp_path):
     path = write(tmp_path / "train.jsonl", [line for fault, _ in FAULTS.values() for line in (fault, row())])
     data = DataConfig(train_data=path, image_base_path=str(images))
@@ -506,97 +576,8 @@ def test_prepared_examples_are_kept_up_to_the_given_memory(drawn):
     assert as_example(table[35]) in encoder._kept and as_example(table[0]) not in encoder._kept
 
 
-# --------------------------------------------------------------------------------------------- images
-
-
-def encoded_image(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def sources(image, tmp_path, kind="PNG", **options):
-    """The image as PIL, path and data URI."""
-    raw = encoded_image(image, kind, **options)
-    path = tmp_path / f"image.{kind.lower()}"
-    path.write_bytes(raw)
-    uri = f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}"
-    return {"PIL": Image.open(io.BytesIO(raw)), "path": path, "data URI": uri}
-
-
-@pytest.mark.parametrize("size", [(101, 67), (13, 29), (30, 1000)])
-def test_every_source_keeps_the_original_pixels_in_which_boxes_are_given(tmp_path, size):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    for name, source in sources(Image.fromarray(pixels), tmp_path).items():
-        image = load_image(source)
-        assert (image.mode, image.size) == ("RGB", size), name
-        assert np.array_equal(np.asarray(image), pixels), name
-
-
-# load_image hands on what qwen-vl-utils gives, with its errors and not turned upright.
-@pytest.mark.parametrize("source", ["PIL", "path", "data URI"])
-def test_a_photograph_taken_on_its_side_is_upright(tmp_path, source):
-    image = Image.new("RGB", (60, 40))
-    image.paste((255, 0, 0), (0, 0, 60, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise by a quarter: the upper half goes to the right
-    upright = load_image(sources(image, tmp_path, "JPEG", quality=100, subsampling=0, exif=exif)[source])
-    assert upright.size == (40, 60)
-    assert upright.getpixel((30, 30))[0] > 250 and upright.getpixel((10, 30))[0] < 5
-
-
-@pytest.mark.parametrize("source", ["PIL", "path", "data URI"])
-def test_what_is_transparent_is_white(tmp_path, source):
-    image = Image.new("RGBA", (40, 30), (255, 0, 0, 255))
-    image.paste((0, 0, 255, 0), (0, 0, 20, 30))
-    shown = load_image(sources(image, tmp_path)[source])
-    assert (shown.getpixel((5, 5)), shown.getpixel((30, 5))) == ((255, 255, 255), (255, 0, 0))
-
-
-def coloured(mode):
-    """A picture of that mode: left half red (or dark grey), right half white."""
-    image = Image.new("RGB", (40, 30), "white")
-    image.paste((255, 0, 0), (0, 0, 20, 30))
-    return image.convert(mode)
-
-
-@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("P", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG")])
-@pytest.mark.parametrize("source", ["PIL", "path"])
-def test_other_colour_modes_become_rgb(tmp_path, mode, kind, source):
-    image = load_image(sources(coloured(mode), tmp_path, kind)[source])
-    assert image.mode == "RGB"
-    difference = np.abs(np.asarray(image).astype(int)[:, [5, 35]] - [[255, 0, 0], [255, 255, 255]])
-    assert difference.max() < 12
-
-
-def test_a_palette_with_a_transparent_entry_is_over_white(tmp_path):
-    image = coloured("RGB").quantize(2)
-    index = image.getpixel((5, 5))
-    for source in ("PIL", "path"):
-        shown = load_image(sources(image, tmp_path, "PNG", transparency=index)[source])
-        assert (shown.getpixel((5, 5)), image.mode) == ((255, 255, 255), "P")
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_grey_of_16_bits_is_scaled_and_not_clipped_to_white(tmp_path, kind, order):
-    values = np.linspace(0, 65535, 60 * 40).reshape(40, 60)
-    image = Image.fromarray(values.astype(np.uint16))
-    if kind == "TIFF" and order == ">u2":
-        image = Image.frombytes("I;16B", (60, 40), values.astype(">u2").tobytes())
-    for source in ("PIL", "path"):
-        grey = np.asarray(load_image(sources(image, tmp_path, kind)[source]))
-        assert np.abs(grey - values[:, :, None] / 257).max() <= 1
-
-
 def test_a_base_folder_holds_its_images_in(images):
     assert load_image("inner.jpg", images).size == load_image(images / "photo.jpg").size == (200, 160)
     for path in ("../outside.jpg", "link.jpg", str(images.parent / "outside.jpg")):
         with pytest.raises(ValueError, match=re.escape(f"image path {path} leaves the base folder")):
             load_image(path, images)
-
-
-@pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", "http://127.0.0.1:9/none.png"])
-def test_a_url_or_data_uri_that_gives_no_image_is_named(source):
-    with pytest.raises(ValueError, match="unreadable image " + re.escape(source[:40])):
-        load_image(source)
