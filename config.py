@@ -142,6 +142,9 @@ class JudgeConfig:
     judge_retries: int = setting(3, "further requests after one that failed, with growing pauses")
     judge_concurrency: int = setting(16, "requests side by side")
     judge_reply_tokens: int = setting(16, "tokens of a reply at most; more for a model that reasons first")
+    judge_patience: float = setting(
+        300.0, "seconds to wait where it does not answer at all, then stop; 0: the rules judge at once"
+    )
     judge_max_requests: int = setting(100_000, "requests of a run and process at most, then rules judge; 0: no bound")
     judge_max_tokens: int = setting(0, "the same for tokens, of requests and replies; 0: no bound")
 
@@ -150,7 +153,7 @@ class JudgeConfig:
         require((url is None) == (model is None), f"judge_url is {url} and judge_model is {model}: give both, or none")
         require(url is None or _is_http(url), f"judge_url is {url}, but it must be a http:// or https:// address")
         require(self.judge_timeout > 0, f"judge_timeout is {self.judge_timeout}, but it must be over 0 seconds")
-        least = {"judge_retries": 0, "judge_concurrency": 1, "judge_reply_tokens": 1}
+        least = {"judge_retries": 0, "judge_concurrency": 1, "judge_reply_tokens": 1, "judge_patience": 0}
         for name, bound in (least | {"judge_max_requests": 0, "judge_max_tokens": 0}).items():
             require(getattr(self, name) >= bound, f"{name} is {getattr(self, name)}, but it must be at least {bound}")
 
@@ -182,6 +185,7 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
     vllm_sync_dir: str | None = setting(
         None, "vllm_server: folder, seen by both sides, through which weights go to it [<output_dir>/vllm_weights]"
     )
+    vllm_patience: float = setting(300.0, "vllm_server: seconds to wait where it does not answer, then stop")
     max_batch_tokens: int = setting(0, "rollouts: bound of the KV cache, rows x tokens each; 0: none")
     reward_preset: Literal["balanced", "vlm_r3_paper", "vlm_r3_code", "deepeyes"] = setting(
         "balanced", "which reward (see rewards.py)"
@@ -205,6 +209,7 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
             "at 1, or leave vllm_server out",
         )
         check_batch_tokens(self.max_batch_tokens, self.rollout_backend)
+        require(self.vllm_patience >= 0, f"vllm_patience is {self.vllm_patience}, but it cannot be negative")
 
 
 @dataclass(frozen=True)

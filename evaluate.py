@@ -38,6 +38,7 @@ from measures import (
     summarize,
     table_rows,
 )
+from patience import OutageError
 from rewards import CORRECT_AT
 from traces import Trace, trace_fragment, write_whole
 
@@ -375,6 +376,9 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(config, progress=True)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
+    except OutageError as error:
+        kept = Path(config.output, ANSWERS)
+        parser.exit(1, f"evaluate.py: {error}. The answers are in {kept}: the same command goes on from there\n")
     print(f"\n{describe(results)}\n\nwrote {RESULTS}, {REPORT} and {ANSWERS} to {config.output}")
 
 

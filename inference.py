@@ -17,6 +17,7 @@ from command_line import add_flags
 from config import InferenceConfig, SettingsError, build
 from conversation import Prompt, Renderer, load_image, refuse_reserved
 from crop_tool import ToolCall
+from patience import OutageError
 from response_format import parse_response
 from traces import Trace, save_trace, trace_fragment
 
@@ -222,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
             results.append(inference.follow_up(results[-1], question))
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"inference.py: {error}\n")
+    except OutageError as error:
+        parser.exit(1, f"inference.py: {error}\n")
     print("\n\n".join(describe(result) for result in results))
     if output_json:
         answers = [{"image_path": image_path, **result.to_dict()} for result in results]

@@ -2,7 +2,8 @@
 
 Only where the rules cannot be sure: an answer of words that are not those expected. Choices, yes/no, numbers and equal
 words are never asked. Verdicts are kept on disk; a request has a time-out and is tried again with growing pauses; a
-run has a budget. Where no verdict comes the rules judge, and each such use is counted under its reason.
+run has a budget. Where no verdict comes the rules judge, and each such use is counted under its reason. Where the
+endpoint itself is away, a run waits for it, and then stops: a week of rewards by other rules is no favour.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from answer_rules import MAX_ANSWER_LENGTH, answer_accuracy, answer_kind
 from config import JudgeConfig, SettingsError
+from patience import Patience
 
 if TYPE_CHECKING:
     import httpx2
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "JUDGE_API_KEY"
 FREE_FORM = ("list", "phrase", "sentence")  # kinds of expected answers that words can miss and still mean
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before another try
-GIVE_UP_AFTER = 8  # answers in a row without a verdict; the rest of the call goes to the rules at once
+GIVE_UP_AFTER = 8  # claims in a row without a verdict; the rest of the call is not asked then
 MAX_REPLY_BYTES = 1 << 20
+NO_CONNECTION = "no connection"
 RETRIED = {408, 409, 425, 429}  # and every status from 500 on
 REFUSALS = {401, 403, 404}  # of a first request: a wrong key, model or address, which no patience mends
 INSTRUCTIONS = (
@@ -61,11 +64,14 @@ class Claim:
 
 
 class _Failure(Exception):
-    """A request without a verdict: why, whether to try again, and how long the server asks to wait (seconds)."""
+    """A request without a verdict: why, whether to try again, and how long the server asks to wait (seconds).
 
-    def __init__(self, reason: str, again: bool = True, pause: float = 0.0) -> None:
+    is_silence: whether it may be that nobody is there, rather than that a bad answer came.
+    """
+
+    def __init__(self, reason: str, again: bool = True, pause: float = 0.0, is_silence: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.again, self.pause = reason, again, pause
+        self.reason, self.again, self.pause, self.is_silence = reason, again, pause, is_silence
 
 
 class Judge:
@@ -78,7 +84,8 @@ class Judge:
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = 0  # claims, by the order in which they ended
+        self._last_was_silence = False
         self._warned: set[str] = set()
 
     @property
@@ -91,18 +98,19 @@ class Judge:
 
         Raises:
             SettingsError: where the endpoint refuses the first request (key, model, address), or the cache is no cache.
+            OutageError: where the endpoint has not answered for `judge_patience`; verdicts so far are kept.
         """
         self.counts["claims"] += len(claims)
         keys = {place: self._key(claim) for place, claim in enumerate(claims) if claim.is_open}
         self.counts["rules"] += len(claims) - len(keys)
-        verdicts: dict[str, float | str] = {}
+        verdicts: dict[str, float | _Failure] = {}
         if keys:
             with _Cache(self.config.judge_cache) as cache:
                 verdicts |= cache.read(set(keys.values()))
                 self.counts["cached"] += sum(key in verdicts for key in keys.values())
                 missing = {key: claims[place] for place, key in keys.items() if key not in verdicts}
                 if missing:
-                    found = _run(self._ask_all(missing, cache))
+                    found = self._verdicts(missing, cache)
                     for key in keys.values():
                         if key in found:
                             self._count(found[key])
@@ -112,11 +120,12 @@ class Judge:
             for place, claim in enumerate(claims)
         ]
 
-    def _count(self, outcome: float | str) -> None:
-        self.counts["judged" if isinstance(outcome, float) else f"fallback: {outcome}"] += 1
-        if isinstance(outcome, str) and outcome not in self._warned:
-            self._warned.add(outcome)
-            print(f"judge: no verdict ({outcome}), the rules judge instead; further ones are counted", file=sys.stderr)
+    def _count(self, outcome: float | _Failure) -> None:
+        reason = "" if isinstance(outcome, float) else outcome.reason
+        self.counts[f"fallback: {reason}" if reason else "judged"] += 1
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            print(f"judge: no verdict ({reason}), the rules judge instead; further ones are counted", file=sys.stderr)
 
     def report(self) -> dict[str, int]:
         """All counts so far, and the sum of the fallbacks."""
@@ -141,17 +150,42 @@ class Judge:
     def _key(self, claim: Claim) -> str:
         return hashlib.sha256(json.dumps([self._address, self._body(claim)]).encode()).hexdigest()
 
-    async def _ask_all(self, claims: dict[str, Claim], cache: _Cache) -> dict[str, float | str]:
-        """For each key a verdict, or the reason why there is none."""
+    def _verdicts(self, claims: dict[str, Claim], cache: _Cache) -> dict[str, float | _Failure]:
+        """For each key a verdict, or why there is none; where the server is away, after waiting for it."""
+        found = _run(self._ask_all(claims, cache))
+        patience = Patience(f"the judge at {self._address}", self.config.judge_patience)
+        while unanswered := self._unanswered(found):
+            first, *others = unanswered
+            while isinstance(outcome := found[first], _Failure) and outcome.is_silence:
+                patience.failed(outcome.reason)
+                found |= _run(self._ask_all({first: claims[first]}, cache))
+            patience.answered()
+            found |= _run(self._ask_all({key: claims[key] for key in others}, cache))
+        return found
+
+    def _unanswered(self, found: dict[str, float | _Failure]) -> list[str]:
+        """The claims that nobody answered, where it looks as if nobody was there: no connection, or a row of them.
+
+        A single time-out or error is no outage; the rules judge that claim.
+        """
+        silent = [key for key, outcome in found.items() if isinstance(outcome, _Failure) and outcome.is_silence]
+        is_away = self._failed_in_a_row >= GIVE_UP_AFTER
+        if not self.config.judge_patience or not silent:
+            return []
+        return silent if is_away or all(found[key].reason.startswith(NO_CONNECTION) for key in silent) else []
+
+    async def _ask_all(self, claims: dict[str, Claim], cache: _Cache) -> dict[str, float | _Failure]:
+        """For each key a verdict, or why there is none."""
         import httpx2
 
         key = os.environ.get(KEY_VARIABLE, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._failed_in_a_row = 0
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            self._failed_in_a_row = 0
         gate = asyncio.Semaphore(self.config.judge_concurrency)
         async with httpx2.AsyncClient(headers=headers, timeout=self.config.judge_timeout) as client:
 
-            async def ask(key: str, claim: Claim) -> float | str:
+            async def ask(key: str, claim: Claim) -> float | _Failure:
                 async with gate:
                     outcome = await self._ask(client, claim)
                 if isinstance(outcome, float):
@@ -161,12 +195,12 @@ class Judge:
             outcomes = await asyncio.gather(*(ask(key, claim) for key, claim in claims.items()))
         return dict(zip(claims, outcomes, strict=True))
 
-    async def _ask(self, client: httpx2.AsyncClient, claim: Claim) -> float | str:
+    async def _ask(self, client: httpx2.AsyncClient, claim: Claim) -> float | _Failure:
         for attempt in range(self.config.judge_retries + 1):
             if self._failed_in_a_row >= GIVE_UP_AFTER:
-                return "given up after failures in a row"
+                return _Failure("given up after failures in a row", is_silence=self._last_was_silence)
             if self._is_spent():
-                return "budget spent"
+                return _Failure("budget spent")
             try:
                 verdict = await self._request(client, claim)
             except _Failure as failure:
@@ -179,7 +213,8 @@ class Judge:
                 self._failed_in_a_row = 0
                 return verdict
         self._failed_in_a_row += 1
-        return last.reason
+        self._last_was_silence = last.is_silence
+        return last
 
     def _is_spent(self) -> bool:
         bounds = {"requests": self.config.judge_max_requests, "tokens": self.config.judge_max_tokens}
@@ -198,9 +233,9 @@ class Judge:
             ):
                 content = await _read(response)
         except (TimeoutError, httpx2.TimeoutException):
-            raise _Failure("time-out") from None
+            raise _Failure("time-out", is_silence=True) from None
         except httpx2.HTTPError as error:
-            raise _Failure(f"no connection ({type(error).__name__})") from None
+            raise _Failure(f"{NO_CONNECTION} ({type(error).__name__})", is_silence=True) from None
         status = response.status_code
         if status in REFUSALS and not self.counts["answered"]:
             raise SettingsError(
@@ -209,7 +244,8 @@ class Judge:
             )
         if status != 200:
             again = status in RETRIED or status >= 500
-            raise _Failure(f"HTTP {status}", again, _seconds(response.headers.get("retry-after", "")))
+            pause = _seconds(response.headers.get("retry-after", ""))
+            raise _Failure(f"HTTP {status}", again, pause, is_silence=again)
         self.counts["answered"] += 1
         reply, tokens = read_reply(content)
         self.counts["tokens"] += tokens or (len(json.dumps(body)) + len(content)) // 4

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -45,6 +47,7 @@ class Resumable:
         self._resumed_from: str | None = None
         self._order: Any = None  # the sampler of the training data
         self._losses: list[tuple[torch.Tensor, list[Row]]] = []  # of the micro-batches of this step
+        self._at_border: dict[str, Any] | None = None  # what changes within a step, as it was at its beginning
         super().__init__(*args, **kwargs)
         self.add_callback(_AtBorders(self))
         # TRL rounds adapters on 4-bit weights to bfloat16, where updates of a learning rate of 1e-5 round away.
@@ -58,7 +61,7 @@ class Resumable:
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any, progress: dict[str, Any] | None = None) -> None:
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         staging, folder = output / STAGING, output / name
         is_main, wait = self.is_world_process_zero(), self.accelerator.wait_for_everyone
@@ -69,7 +72,7 @@ class Resumable:
                     shutil.rmtree(staging, ignore_errors=True)
                 wait()
                 super()._save_checkpoint(model, trial)
-                torch.save(self.progress(), self._progress_file(staging / name))
+                torch.save(progress or self.progress(), self._progress_file(staging / name))
                 best = self.state.best_model_checkpoint
                 if best is not None and Path(best).parent == staging:
                     self.state.best_model_checkpoint = str(folder)
@@ -93,10 +96,46 @@ class Resumable:
     def progress(self) -> dict[str, Any]:
         """What this process must know besides weights, optimizer, schedule and random numbers; plain values only."""
         return {
-            "loss": self._tr_loss,
+            "loss": self._tr_loss.clone(),
             "last_logged": self._globalstep_last_logged,
-            "metrics": {mode: dict(values) for mode, values in self._metrics.items()},
+            "metrics": {
+                mode: {name: list(value) for name, value in values.items()} for mode, values in self._metrics.items()
+            },
         }
+
+    # ------------------------------------------------------------------------- stop in the middle of a step
+
+    def keep_border(self) -> None:
+        """To be called at the end of each step of which the next may be given up by `stop_before_this_step`."""
+        self._at_border = {
+            "progress": self.progress(),
+            "tokens": self.state.num_input_tokens_seen,
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+
+    def stop_before_this_step(self, reason: str) -> NoReturn:
+        """Save the state at the end of the step before, from which a resumed run takes this one anew, and stop.
+
+        To be called on every process before the optimizer's step: weights and optimizer are still those of that end.
+
+        Raises:
+            StoppedError: always.
+        """
+        step, output, border = self.state.global_step, Path(self.args.output_dir), self._at_border
+        if border is not None and not (output / f"checkpoint-{step}").is_dir():
+            self.state.num_input_tokens_seen = border["tokens"]
+            random.setstate(border["python"])
+            np.random.set_state(border["numpy"])
+            torch.set_rng_state(border["torch"])
+            if border["cuda"] is not None:
+                torch.cuda.set_rng_state(border["cuda"])
+            self._save_checkpoint(self.model, None, border["progress"])
+        kept = checkpoints_in(output)
+        rest = f"{kept[0]} is saved: the same command goes on from it" if kept else "no step was taken: start again"
+        raise StoppedError(f"{reason}. Stopped before step {step + 1}; {rest}")
 
     # -------------------------------------------------------------------------------------------- resume
 

@@ -30,6 +30,7 @@ from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
 from packing import Packer
+from patience import OutageError, shared_outage
 from response_format import parse_response
 from resuming import Resumable, Row
 from rewards import Reference, call_statistics
@@ -227,6 +228,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         size, place = len(self._batch_keys) // parts, (self._step - 1) % parts  # TRL has counted it already
         return self._batch_keys[place * size : (place + 1) * size]
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.keep_border()
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL writes the reward columns into the rows it is given, and G rows may be one and the same dict.
         self._batch_rows = [dict(row) for row in inputs]
@@ -234,6 +239,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             self._batch_keys = [(row["line"], row["entry"]) for row in inputs]
         try:
             output = super()._generate_and_score_completions(self._batch_rows)
+        except OutageError as outage:
+            self.stop_before_this_step(str(outage))
         finally:
             self.processing_class.image_processor = self._image_processor
         # TRL drops the pixels of a whole batch, without a word, where one row's tokens and features differ.
@@ -328,12 +335,14 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         for place, row in enumerate(self._batch_rows):
             places[row["line"], row["entry"]].append(place)
         examples = [as_example(self._batch_rows[group[0]]) for group in places.values()]
-        originals = [load_image(example.image_path, self.image_base) for example in examples]
+        with shared_outage():
+            originals = [self._image(example) for example in examples]
         renderer = self.engine.renderer
         prompts = [
             renderer.prompt(example.question, original) for example, original in zip(examples, originals, strict=True)
         ]
-        with whole_weights(self), self.accelerator.autocast():  # the precision in which the rollouts will be scored
+        # In the precision in which the rollouts will be scored.
+        with shared_outage(), whole_weights(self), self.accelerator.autocast():
             counts = [len(group) for group in places.values()]
             rollouts = iter(self.engine.generate(prompts, self.sampling, counts, keep_features=self.keeps_features))
         found: dict[int, tuple[Rollout, Reference]] = {}
@@ -342,7 +351,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             found |= {place: (next(rollouts), reference) for place in group}
         pairs = [found[place] for place in range(len(self._batch_rows))]
         if self.judge is not None:
-            pairs = self._judged(pairs)
+            with shared_outage():
+                pairs = self._judged(pairs)
         self._batch_rollouts = [rollout for rollout, _ in pairs]
         self._check(self._batch_rollouts)
         self._log_rollouts(pairs, time.perf_counter() - started)
@@ -354,6 +364,12 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             "rollout": [rollout for rollout, _ in pairs],
             "reference": [reference for _, reference in pairs],
         }
+
+    def _image(self, example: Example) -> Image.Image:
+        try:
+            return load_image(example.image_path, self.image_base)
+        except ValueError as error:  # it was sound when the data were checked
+            raise OutageError(f"{example.name}: {error}") from None
 
     def _reference(self, example: Example, size: tuple[int, int]) -> Reference:
         smallest = self.engine.renderer.contract.min_crop_side

@@ -94,7 +94,8 @@ def peak_memory() -> int:
 # Settings that may change between an interrupted run and its resumption.
 FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_total_limit", "eval_steps", "resume"} | {
     *("judge_cache", "judge_timeout", "judge_retries", "judge_concurrency", "judge_reply_tokens"),
-    *("judge_max_requests", "judge_max_tokens"),
+    *("judge_max_requests", "judge_max_tokens", "judge_patience", "vllm_patience"),
+    *("judge_url", "vllm_server", "vllm_sync_dir"),  # a server that died may come back elsewhere
 }
 FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
 

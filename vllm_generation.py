@@ -9,12 +9,8 @@ vLLM's `/inference/v1/generate` takes them with images, which its OpenAI-compati
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,38 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from config import GRPOStageConfig, InferenceConfig, SettingsError, is_main_process
 from conversation import IMAGE_PAD, Prompt, Renderer, check_image_tokens
 from model_utils import LoadedModel, base_model_of, inference_dtype, is_adapter, load_for_inference, load_processor
+from patience import shared_outage
 from rollouts import Response, Rollout, RolloutWriter, SamplingParams
+from vllm_server import Answer, Completion, Request, VLLMServer
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
     from transformers import PreTrainedModel
 
 FORBIDDEN = -1e9  # added to the logit of a token that must never be sampled; JSON has no infinity
-TIMEOUT = 3600  # seconds that a server may take to answer one request
-
-
-@dataclass(frozen=True)
-class Request:
-    """What vLLM is to go on from. ids: with one pad an image, which vLLM expands; length: with all of its pads."""
-
-    ids: list[int]
-    images: tuple[Image.Image, ...]
-    length: int
-    sampling: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came back. `prompt_logprobs`: one for each prompt token but the first, where they were asked for."""
-
-    ids: list[int]
-    logprobs: list[float]
-    prompt_logprobs: list[float]
-    prompt_length: int
-
-
-Answer = Callable[[Completion], Request | None]
 
 
 class Backend(Protocol):
@@ -90,12 +63,9 @@ class VLLMEngine:
 
     def sync_weights(self) -> None:
         """Bring the model's present weights to vLLM; to be called on every process. TRL does before each rollout."""
-        import torch
-
-        if is_main_process() or not self.backend.is_shared:
-            self.backend.load(trained_weights(self.model))
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        with shared_outage():  # in which all wait for the first
+            if is_main_process() or not self.backend.is_shared:
+                self.backend.load(trained_weights(self.model))
 
     def generate(
         self,
@@ -197,7 +167,8 @@ def training_engine(loaded: LoadedModel, renderer: Renderer, config: GRPOStageCo
     rows = config.rollout_batch_size
     if config.vllm_server is not None:
         folder = config.vllm_sync_dir or Path(config.output_dir, "vllm_weights")
-        backend = VLLMServer(config.vllm_server, rows, folder)
+        weights = partial(trained_weights, loaded.model)
+        backend = VLLMServer(config.vllm_server, rows, folder, config.vllm_patience, weights)
     else:
         base = base_model_of(start) if is_adapter(start) else start
         dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
@@ -362,98 +333,3 @@ def _completion(output: Any) -> Completion:
         ],
         prompt_length=len(output.prompt_token_ids),
     )
-
-
-# --------------------------------------------------------------------------------------------- on a server
-
-
-class VLLMServer:
-    """A running `vllm serve`, by its address. Any number of processes may use it.
-
-    Its log-probs are those at temperature 1. Weights go through a folder that both sides see.
-    """
-
-    is_shared = True
-
-    def __init__(self, url: str, rows: int, folder: str | Path | None = None) -> None:
-        """url: like `http://localhost:8000`. rows: requests at a time. folder: for `load`."""
-        import requests
-
-        self.url, self.rows, self.folder = url.rstrip("/"), rows, folder
-        self.session = requests.Session()
-        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=rows))
-        try:
-            served = self.session.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]
-        except (requests.RequestException, ValueError, LookupError) as error:
-            raise SettingsError(
-                f"there is no vLLM server at {url} ({type(error).__name__}): start one with `vllm serve`"
-            ) from None
-        self.name, self.max_length = served["id"], served["max_model_len"]
-
-    def run(self, requests: Sequence[Request], answers: Sequence[Answer], temperature: float) -> None:
-        pictures: dict[int, str] = {}
-
-        def complete(request: Request | None, answer: Answer) -> None:
-            while request is not None:
-                request = answer(self._complete(request, pictures))
-
-        with ThreadPoolExecutor(self.rows) as pool:
-            list(pool.map(complete, requests, answers))
-
-    def _complete(self, request: Request, pictures: dict[int, str]) -> Completion:
-        parts = [{"type": "image_url", "url": _data_uri(image, pictures)} for image in request.images]
-        reply = self._post(
-            "/inference/v1/generate",
-            {
-                "model": self.name,
-                "token_ids": request.ids,
-                "content_parts": parts,
-                "sampling_params": request.sampling,
-                "return_token_ids": True,
-            },
-        )
-        choice = reply["choices"][0]
-        return Completion(
-            ids=choice["token_ids"],
-            logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
-            prompt_logprobs=[
-                values[str(token)]["logprob"]
-                for token, values in zip(
-                    reply["prompt_token_ids"][1:], (reply["prompt_logprobs"] or [])[1:], strict=False
-                )
-            ],
-            prompt_length=len(reply["prompt_token_ids"]),
-        )
-
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        from safetensors.torch import save_file
-
-        if self.folder is None:
-            raise SettingsError("weights cannot be brought to a server without a folder that both sides see")
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in weights}
-            save_file(tensors, Path(folder, "model.safetensors"))
-            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        for cache in ("prefix", "encoder"):
-            self._post(f"/reset_{cache}_cache", {})
-
-    def _post(self, path: str, values: dict[str, Any]) -> Any:
-        reply = self.session.post(self.url + path, json=values, timeout=TIMEOUT)
-        if reply.status_code in (403, 404):
-            raise SettingsError(
-                f"the vLLM server at {self.url} refuses {path}: start it with --enable-scale-out and, to bring it new "
-                "weights, with VLLM_SERVER_DEV_MODE=1 in its environment"
-            )
-        if not reply.ok:
-            raise RuntimeError(f"the vLLM server answered {reply.status_code} on {path}: {reply.text[:500]}")
-        return reply.json() if reply.content else None
-
-
-def _data_uri(image: Image.Image, known: dict[int, str]) -> str:
-    """The image as a lossless data URI, encoded once."""
-    if id(image) not in known:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        known[id(image)] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return known[id(image)]

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -85,17 +84,17 @@ def serve(monkeypatch):
     from judge_server import Server
 
     import judge
+    import patience
 
     monkeypatch.setattr(judge, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.05)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     servers = []
 
-    def start(behave: Callable) -> Server:
-        servers.append(Server(behave))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+    def start(behave: Callable, port: int = 0) -> Server:
+        servers.append(Server(behave, port).start())
         return servers[-1]
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.die()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from judge_server import Handler, completion, knowing
 import judge as judge_module
 from config import JudgeConfig, SettingsError, build
 from judge import Claim, Judge, read_reply, read_verdict
+from patience import OutageError
 
 
 @pytest.fixture
@@ -187,10 +189,8 @@ def test_a_server_that_stalls_costs_the_time_out_and_no_more(serve, judge_of, be
 
 def test_a_dead_server_is_given_up_and_asked_again_by_the_next_call(serve, judge_of):
     server = serve(knowing)
-    url = server.url
-    server.shutdown()
-    server.server_close()
-    judge = judge_of(url, judge_retries=1, judge_concurrency=4)
+    server.die()
+    judge = judge_of(server.url, judge_retries=1, judge_concurrency=4, judge_patience=0)
     claims = [Claim(f"Question {n}?", "sofa", "couch") for n in range(100)]
     assert judge.accuracies(claims) == [0.0] * 100
     counts = judge.report()
@@ -208,9 +208,58 @@ def test_a_server_that_dies_in_mid_answer(serve, judge_of):
         handler.end_headers()
         handler.wfile.write(b'{"choices": [')
 
-    judge = judge_of(serve(cut).url, judge_retries=0)
+    judge = judge_of(serve(cut).url, judge_retries=0, judge_patience=0)
     assert judge.accuracies([SYNONYM]) == [0.0]
     assert judge.report()["fallback: no connection (RemoteProtocolError)"] == 1
+
+
+CLAIMS = [Claim(f"Question {n}?", "sofa", "couch") for n in range(60)]
+
+
+def dying(server_of: list, after: int) -> Callable:
+    """Knows synonyms, and dies at a request."""
+    seen = iter(range(10_000))
+
+    def behave(handler: Handler, body: dict) -> None:
+        if next(seen) >= after:
+            server_of[0].die()
+        knowing(handler, body)
+
+    return behave
+
+
+def test_a_server_that_dies_is_waited_for_and_then_judges_all(serve, judge_of, capsys):
+    servers: list = []
+    servers.append(serve(dying(servers, after=20)))
+    judge = judge_of(servers[0].url, judge_retries=1, judge_concurrency=4, judge_patience=60)
+    threading.Timer(1.5, lambda: serve(knowing, servers[0].server_port)).start()
+    assert judge.accuracies(CLAIMS) == [1.0] * 60
+    assert (judge.fallbacks, judge.report()["judged"]) == (0, 60)
+    said = capsys.readouterr().err
+    assert said.count("does not answer (") == said.count("answers again") == 1
+    assert "waiting up to 60 s" in said
+
+
+def test_a_server_that_stays_away_stops_the_run_and_verdicts_are_kept(serve, judge_of):
+    servers: list = []
+    servers.append(serve(dying(servers, after=20)))
+    judge = judge_of(servers[0].url, judge_retries=0, judge_concurrency=4, judge_patience=0.5)
+    started = time.perf_counter()
+    with pytest.raises(OutageError, match=r"the judge at http.* gave no answer in [01] s \(no connection"):
+        judge.accuracies(CLAIMS)
+    assert time.perf_counter() - started < 10
+    again = serve(knowing, servers[0].server_port)
+    assert judge_of(again.url).accuracies(CLAIMS) == [1.0] * 60
+    assert 30 < len(again.seen) <= 41, "what was judged before is not asked again"
+
+
+def test_a_row_of_errors_over_several_calls_is_an_outage_and_a_single_one_is_not(serve, judge_of, capsys):
+    server = serve(scripted(*[status(503)] * 9, knowing))
+    judge = judge_of(server.url, judge_retries=0, judge_patience=60)
+    verdicts = [judge.accuracies([claim]) for claim in CLAIMS[:9]]
+    assert verdicts == [[0.0]] * 7 + [[1.0]] * 2
+    assert judge.report()["fallback: HTTP 503"] == 7
+    assert capsys.readouterr().err.count("does not answer (HTTP 503)") == 1
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])

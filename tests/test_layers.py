@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("config", "crop_tool", "demo_world", "model_card"), 0),
     **dict.fromkeys(("response_format", "model_utils", "answer_rules", "command_line", "demo_model", "box_frames"), 1),
-    "architecture": 1,
+    **dict.fromkeys(("architecture", "patience"), 1),
     **dict.fromkeys(("conversation", "rewards", "traces", "judge", "memory_model", "checkpoints"), 2),
-    **dict.fromkeys(("data_sheet", "token_view", "visualize", "rollouts", "benchmark_data"), 3),
+    **dict.fromkeys(("data_sheet", "token_view", "visualize", "vllm_server", "rollouts", "benchmark_data"), 3),
     **dict.fromkeys(("data_utils", "kv_cache", "sampling", "sharding", "packing", "vllm_generation", "measures"), 4),
     **dict.fromkeys(("decoding", "sft_data"), 5),
     "generation": 6,
