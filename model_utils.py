@@ -22,6 +22,7 @@ from model_card import write_card
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     _require_exists(path)
+    _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
     try:
@@ -190,7 +192,7 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
     An adapter is trained on as an adapter, whatever `use_lora` says; merge it first to train full weights.
     """
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     set_seed(stage.seed)  # a new adapter starts from random weights
@@ -213,7 +215,7 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
         model.model.visual.get_input_embeddings = lambda: None
     if on_adapter:
         _check_adapter(start, stage)
-        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+        model = _with_adapter(model, start, is_trainable=True)
     elif stage.use_lora:
         model = get_peft_model(model, lora_config(LoraConfig, model_config, stage))
     elif model_config.freeze_vision:
@@ -223,7 +225,6 @@ def load_for_training(model_config: ModelConfig, data: DataConfig, stage: StageC
 
 def _check_adapter(folder: str, stage: StageConfig) -> None:
     """An adapter keeps its own rank and scale: settings that say otherwise would be read by nobody."""
-    _require_safetensors(folder)
     saved = _adapter_config(folder)
     given = {"lora_r": stage.lora_r, "lora_alpha": stage.alpha}
     kept = {"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]}
@@ -231,9 +232,29 @@ def _check_adapter(folder: str, stage: StageConfig) -> None:
         raise SettingsError(f"{folder} is an adapter with {kept}, but {given} was set: leave the LoRA settings out")
 
 
-def _require_safetensors(folder: str) -> None:
-    if companion(folder, "adapter_model.safetensors") is None:
-        raise SettingsError(f"{folder} has no adapter_model.safetensors: weights in a pickle are not loaded")
+def _require_safetensors(model: str, *names: str) -> None:
+    if all(companion(model, name) is None for name in names):
+        raise SettingsError(f"{model} has no {names[0]}: weights in a pickle could run code, and are not loaded")
+
+
+def _with_adapter(model: PreTrainedModel, folder: str, **settings: Any) -> PeftModel:
+    """The model with the adapter of `folder`, which must be one for this very architecture."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    _require_safetensors(folder, "adapter_model.safetensors")
+    foreign = f"the adapter {folder} was trained on another base than {base_model_of(folder)}, which it names: "
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, **settings)
+    except RuntimeError as error:  # torch lists every tensor; the first line that names one says enough
+        raise SettingsError(foreign + str(error).splitlines()[-1].strip()) from None
+    with safe_open(companion(folder, "adapter_model.safetensors"), "pt") as file:
+        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
+    # peft only warns where layers have no weights, or weights no layer.
+    layers = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in name}
+    if saved != layers:
+        raise SettingsError(f"{foreign}{len(saved - layers)} of its tensors fit no layer, {len(layers - saved)} lack")
+    return adapted
 
 
 def lora_config(lora: type, model_config: ModelConfig, stage: StageConfig) -> Any:
@@ -261,7 +282,6 @@ def inference_dtype(config: InferenceConfig, device: str) -> torch.dtype:
 def load_for_inference(config: InferenceConfig) -> LoadedModel:
     """A trained model, ready to answer; an adapter is merged into its base, which makes decoding faster."""
     import torch
-    from peft import PeftModel
 
     processor, contract = load_processor(config.model_path)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,8 +291,7 @@ def load_for_inference(config: InferenceConfig) -> LoadedModel:
     half = dtype != torch.float32 and device.startswith("cuda")
     model = load_weights(base, dtype, config.attn_implementation, half).to(device)
     if on_adapter:
-        _require_safetensors(config.model_path)
-        model = PeftModel.from_pretrained(model, config.model_path).merge_and_unload()
+        model = _with_adapter(model, config.model_path).merge_and_unload()
     return LoadedModel(model.eval(), processor, contract)
 
 
@@ -359,10 +378,9 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
     import torch
-    from peft import PeftModel
     from transformers import AutoConfig
 
-    _require_safetensors(adapter)
+    _require_safetensors(adapter, "adapter_model.safetensors")
     base = base_model_of(adapter)
     if dtype is None:
         saved = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
@@ -371,7 +389,7 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
     model = load_weights(base, getattr(torch, dtype), "sdpa").eval()
     batch = _test_input(processor, contract)
     before = _logits(model, batch)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    model = _with_adapter(model, adapter).eval()
     expected = _logits(model, batch)
     model = model.merge_and_unload()
     size = expected.norm()

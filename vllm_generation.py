@@ -193,7 +193,12 @@ def inference_engine(config: InferenceConfig) -> VLLMEngine:
         if path != config.model_path:
             merged = load_for_inference(replace(config, backend="engine", device="cpu")).model
             backend.load(iter(merged.state_dict().items()))
-    return VLLMEngine(backend, renderer, AutoConfig.from_pretrained(path), GenerationConfig.from_pretrained(path))
+    return VLLMEngine(
+        backend,
+        renderer,
+        AutoConfig.from_pretrained(path, trust_remote_code=False),
+        GenerationConfig.from_pretrained(path),
+    )
 
 
 @dataclass(eq=False)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,8 +121,68 @@ def test_weights_that_train_stay_float32_unless_asked(settings, stage, dtype):
 def test_pickled_weights_are_refused(base_folder, tiny_model, tmp_path):
     shutil.copytree(base_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(tiny_model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+    with pytest.raises(SettingsError, match=r"pickled has no model\.safetensors: weights in a pickle could run code"):
         load_weights(str(tmp_path / "pickled"), torch.float32, "auto")
+
+
+PLANTED = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+class Planted:
+    pass
+"""
+
+
+def test_code_in_a_models_folder_is_not_run(base_folder, tmp_path):
+    folder = tmp_path / "planted"
+    shutil.copytree(base_folder, folder)
+    (folder / "code.py").write_text(PLANTED)
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+    planted = dict.fromkeys(names, "code.Planted") | {"AutoTokenizer": ["code.Planted", "code.Planted"]}
+    files = [file for file in folder.glob("*.json") if file.name.endswith("config.json")]
+    assert {"config.json", "tokenizer_config.json", "processor_config.json"} <= {file.name for file in files}
+    for file in files:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": planted}))
+    assert infer(folder).contract == CropContract.load(base_folder)
+    load_for_training(ModelConfig(), DataConfig(), FULL, str(folder))
+    assert not (folder / "ran").exists() and not list(folder.rglob("*.pyc"))
+
+
+def other_base(tiny_model, folder, **sizes):
+    """The base model with other sizes, in `folder`."""
+    config = deepcopy(tiny_model.config)
+    for name, value in sizes.items():
+        setattr(config.get_text_config(), name, value)
+    Qwen(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"intermediate_size": 96}, "size mismatch for base_model"),
+        ({"num_hidden_layers": 2}, "14 of its tensors fit no layer, 0 lack"),
+        ({"num_hidden_layers": 4}, "0 of its tensors fit no layer, 14 lack"),
+    ],
+    ids=["wider", "fewer layers", "more layers"],
+)
+def test_an_adapter_of_another_base_is_refused_at_every_door(adapter, base_folder, tiny_model, tmp_path, sizes, reason):
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(adapter[0], folder)
+    shutil.copytree(base_folder, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    if "num_hidden_layers" in sizes:
+        sizes = {**sizes, "layer_types": ["full_attention"] * sizes["num_hidden_layers"]}
+    other_base(tiny_model, base, **sizes)
+    named = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(named))
+    message = rf"the adapter {folder} was trained on another base than {base}, which it names: .*{reason}"
+    for door in (
+        lambda: load_for_training(ModelConfig(), DataConfig(), LORA, str(folder)),
+        lambda: infer(folder),
+        lambda: merge_adapter(str(folder), str(tmp_path / "merged")),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            door()
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./here", "outputs/a/final_model", "final_model"])
