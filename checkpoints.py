@@ -18,7 +18,8 @@ from model_utils import write_folder
 
 MANIFEST_FILE = "checkpoint_manifest.json"
 STAGING = ".saving"
-LEFTOVERS = (STAGING, ".checkpoint-*.partial", ".checkpoint-*.old")  # of a save that was killed
+# Of a save that was killed, or met a full disk.
+LEFTOVERS = (STAGING, ".checkpoint-*.partial", ".checkpoint-*.old", ".final_model.partial", ".final_model.weights")
 _CHUNK = 1 << 22
 _LITTLE_SPACE = 1 << 20  # bytes
 

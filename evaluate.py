@@ -376,9 +376,10 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(config, progress=True)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    except OutageError as error:
+    except (OutageError, OSError) as error:  # the latter: a full disk, a folder that may not be written
         kept = Path(config.output, ANSWERS)
-        parser.exit(1, f"evaluate.py: {error}. The answers are in {kept}: the same command goes on from there\n")
+        rest = f". The answers so far are in {kept}: the same command goes on from there" if kept.is_file() else ""
+        parser.exit(1, f"evaluate.py: {error}{rest}\n")
     print(f"\n{describe(results)}\n\nwrote {RESULTS}, {REPORT} and {ANSWERS} to {config.output}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from checkpoints import (
 )
 from config import SettingsError
 from resuming import StopOnSignal
-from training import exit_with_message, find_checkpoint, train
+from training import exit_with_message, find_checkpoint, finish, train
 
 ROOT = Path(__file__).parent.parent
 # What a clock or the machine says, not the run.
@@ -256,6 +257,62 @@ def test_faults_in_saving_leave_the_earlier_checkpoint_and_the_run_goes_on_from_
     assert "checkpoint-2, which is broken: model.safetensors: changed" in printed
     assert f"resuming from {folder / 'checkpoint-1'}" in printed
     assert_same_run(whole, resumed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many MiB, and gives its folder; called again it makes that disk larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def size(mebibytes: int) -> Path:
+        options = f"{'remount,' if folder.is_mount() else ''}size={mebibytes}m"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk of its own size can be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield size
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "README.md")  # TRL's
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount here")
+@pytest.mark.parametrize("mebibytes", [11, 15])
+def test_a_disk_that_is_really_full_keeps_the_checkpoint_before_and_room_is_all_it_needs(
+    base_folder, data_folder, tmp_path, small_disk, mebibytes
+):
+    """A checkpoint takes 9 MiB, 4 of them weights: of the second one these do not fit, or the optimizer's state."""
+    flags = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1}
+    whole = run("sft", base_folder, data_folder, tmp_path / "whole", flags)
+    folder = small_disk(mebibytes) / "run"
+    settings, trainer = build("sft", base_folder, data_folder, folder, flags)
+    with pytest.raises(StoppedError, match=r"no space was left .* checkpoint-2 was saved; .*checkpoint-1 was kept"):
+        train(trainer, settings, "sft")
+    assert left_in(folder) == ["checkpoint-1"]
+    assert fault_of(folder / "checkpoint-1") is None
+    used = sum(file.stat().st_size for file in folder.rglob("*"))
+    assert shutil.disk_usage(folder).used < used + 2**19, "what was half written is gone"
+    small_disk(64)
+    assert_same_run(whole, run("sft", base_folder, data_folder, folder, flags))
+
+
+def test_a_disk_too_full_for_the_final_model_keeps_the_last_checkpoint(base_folder, data_folder, tmp_path, small_disk):
+    folder = small_disk(11) / "run"
+    settings = settings_for("sft", base_folder, data_folder, folder, max_steps=1, save_steps=1)
+    loaded, trainer = sft_trainer(settings)
+    train(trainer, settings, "sft")
+    with pytest.raises(StoppedError, match=r"while final_model was saved; .*checkpoint-1 was kept"):
+        finish(trainer, loaded, settings, "sft", str(folder))
+    assert left_in(folder) == ["checkpoint-1"]
+    small_disk(64)
+    loaded, trainer = sft_trainer(settings)
+    train(trainer, settings, "sft")
+    assert finish(trainer, loaded, settings, "sft", str(folder)).is_dir()
 
 
 def test_torchs_own_error_on_a_full_disk_is_known(tmp_path, monkeypatch):
