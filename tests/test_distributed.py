@@ -66,7 +66,7 @@ def ddp(base_folder, data_folder, tmp_path_factory):
     rows = (data_folder / "train.jsonl").read_text().splitlines()
     rows[4] = rows[4].replace(".jpg", ".gone.jpg")
     (folder / "fresh.jsonl").write_text("\n".join(rows) + "\n")
-    names = ["data_check", "sft", "order", "grpo", "cut", "group", "unshared_disk"]
+    names = ["data_check", "sft", "order", "grpo", "cut", "group", "outage", "unshared_disk"]
     return folder, run_scenarios(base_folder, data_folder, folder, names)
 
 
@@ -170,6 +170,13 @@ def test_data_are_checked_once_for_all_processes(ddp):
 def test_processes_that_see_different_checkpoints_end_with_a_message(ddp):
     for result in ddp[1]["unshared_disk"]:
         assert "different checkpoints (checkpoint-1, None): output_dir must be on a disk" in result["error"]
+
+
+def test_what_one_process_misses_stops_all_with_a_checkpoint_that_goes_on(ddp):
+    for result in ddp[1]["outage"]:
+        assert "missing image. Stopped before step 2; " in result["cut"]["stopped"]
+        assert "outage/checkpoint-1 is saved: the same command goes on from it" in result["cut"]["stopped"]
+        assert result["resumed"] == result["straight"]
 
 
 # --------------------------------------------------------------------------------------- sharded (FSDP2)

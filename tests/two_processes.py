@@ -22,10 +22,12 @@ from torch.distributed.tensor import DTensor
 
 import train_grpo
 import train_sft
+from checkpoints import StoppedError
 from command_line import resolve_training
 from config import SettingsError
 from data_utils import Checker
 from model_utils import load_for_training
+from patience import OutageError
 from rewards import RewardPart
 from training import finish, release_memory, train
 
@@ -157,6 +159,28 @@ class Group:
         straight = self.sft(name="straight", max_steps=3, **shared)
         self.sft(name="resume", max_steps=2, **shared)
         return {"straight": straight["loss"], "resumed": self.sft(name="resume", max_steps=3, **shared)["loss"]}
+
+    def outage(self) -> dict[str, Any]:
+        """Three steps at a stretch, and in two runs between which the second process alone missed an image."""
+
+        def run(name: str, misses: bool = False) -> dict[str, Any]:
+            settings = self.settings("grpo", name, max_steps=3, save_strategy="steps", save_steps=100)
+            _, trainer = self.grpo_trainer(settings)
+            load = trainer._image
+
+            def image(example: Any) -> Any:
+                if misses and RANK == 1 and trainer.state.global_step == 1:
+                    raise OutageError(f"{example.name}: missing image")
+                return load(example)
+
+            trainer._image = image
+            try:
+                train(trainer, settings, "grpo")
+            except StoppedError as stopped:
+                return {"stopped": str(stopped)}
+            return {**steps(trainer), **weights(trainer)}
+
+        return {"straight": run("straight"), "cut": run("outage", misses=True), "resumed": run("outage")}
 
     def unshared_disk(self) -> dict[str, Any]:
         """Only the first process finds a checkpoint."""
