@@ -10,7 +10,6 @@ which files). Answers go to answers.jsonl in `--output` as they come; the same c
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from measures import (
     summarize,
     table_rows,
 )
+from model_utils import weights_digest
 from patience import OutageError
 from rewards import CORRECT_AT
 from traces import Trace, trace_fragment, write_whole
@@ -131,24 +131,10 @@ def _answer(question: Question, crops: str, sample: int, rollout: Rollout, secon
 # --------------------------------------------------------------------------------------- the file of answers
 
 
-def model_digest(path: str) -> str:
-    """Changes with the weights in a folder: their names, sizes, first and last megabyte; "" for a name on the hub."""
-    found = hashlib.sha256()
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    for file in files:
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as weights:
-            found.update(weights.read(1 << 20))
-            weights.seek(max(0, size - (1 << 20)))
-            found.update(weights.read())
-    return found.hexdigest()[:16] if files else ""
-
-
 def run_settings(config: EvaluationConfig, questions: QuestionSet) -> dict[str, Any]:
     """What the answers depend on."""
     values = {name: getattr(config, name) for name in DECISIVE}
-    weights = model_digest(config.model_path)
+    weights = weights_digest(config.model_path)
     return {"model": weights or config.model_path, "data": questions.digest(), **values}
 
 

@@ -6,6 +6,7 @@ python model_utils.py --merge outputs/grpo/final_model --output outputs/merged
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BASE_FILE = "base_weights.json"  # of an adapter: which weights it was trained on
 LORA_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LORA_VISION_LAYERS = r"(qkv|proj|gate_proj|up_proj|down_proj|mlp\.[02])"
 
@@ -238,12 +240,18 @@ def _require_safetensors(model: str, *names: str) -> None:
 
 
 def _with_adapter(model: PreTrainedModel, folder: str, **settings: Any) -> PeftModel:
-    """The model with the adapter of `folder`, which must be one for this very architecture."""
+    """The model with the adapter of `folder`, which must have been trained on this very base."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     _require_safetensors(folder, "adapter_model.safetensors")
-    foreign = f"the adapter {folder} was trained on another base than {base_model_of(folder)}, which it names: "
+    base, known = base_model_of(folder), companion(folder, BASE_FILE)
+    foreign = f"the adapter {folder} was trained on another base than {base}, which it names: "
+    digest = weights_digest(base)
+    if known is not None and digest and json.loads(known.read_text(encoding="utf-8"))["digest"] != digest:
+        raise SettingsError(
+            f"{foreign}its weights have changed since. Put the old ones back, or delete {known} if they were converted"
+        )
     try:
         adapted = PeftModel.from_pretrained(model, folder, **settings)
     except RuntimeError as error:  # torch lists every tensor; the first line that names one says enough
@@ -255,6 +263,22 @@ def _with_adapter(model: PreTrainedModel, folder: str, **settings: Any) -> PeftM
     if saved != layers:
         raise SettingsError(f"{foreign}{len(saved - layers)} of its tensors fit no layer, {len(layers - saved)} lack")
     return adapted
+
+
+def weights_digest(folder: str) -> str:
+    """Changes with the weights in a folder, by a few values of each; "" for a name on the hub, or no safetensors."""
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    for path in Path(folder).glob("*.safetensors") if Path(folder).is_dir() else ():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part, shape = file.get_slice(name), file.get_slice(name).get_shape()
+                ends = (part[:1], part[shape[0] - 1 :]) if shape else (file.get_tensor(name)[None],) * 2
+                values = torch.cat([ends[0].flatten()[:64], ends[1].flatten()[-64:]])
+                found.append((name, shape, values.view(torch.uint8).numpy().tobytes()))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest() if found else ""
 
 
 def lora_config(lora: type, model_config: ModelConfig, stage: StageConfig) -> Any:
@@ -321,11 +345,14 @@ def save_companions(
     contract: CropContract,
     settings: TrainingSettings | None,
 ) -> None:
-    """What a checkpoint needs beside its weights: processor files, crop contract, resolved settings."""
+    """What a checkpoint needs beside its weights: processor files, crop contract, settings, an adapter's base."""
     processor.save_pretrained(folder)
     contract.save(folder)
     if settings is not None:
         settings.save(folder)
+    digest = weights_digest(base_model_of(folder)) if is_adapter(folder) else ""
+    if digest:
+        Path(folder, BASE_FILE).write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
 
 
 def save_final_model(trainer: Any, loaded: LoadedModel, settings: TrainingSettings, folder: str | Path) -> None:

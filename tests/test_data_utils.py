@@ -279,6 +279,18 @@ def test_another_answer_key_is_read_where_it_is_set(images, tmp_path, capsys):
     assert code == 1 and "line 1, QnA[0]: missing key 'A3': it must be non-empty text" in out
 
 
+def test_boxes_are_held_against_the_picture_as_it_is_displayed(images, tmp_path, capsys):
+    """Of a photograph that the camera stored on its side, 300 x 100, and that is shown 100 x 300."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 100)).save(tmp_path / "side.jpg", exif=exif)
+    lines = [row(calling(box), image="side.jpg") for box in ("[10, 150, 90, 290]", "[150, 10, 290, 90]")]
+    code, out = check(capsys, write(tmp_path / "train.jsonl", lines), tmp_path)
+    assert code == 1 and re.findall(r"^  line (\d+), .*: (.*): the image is (.*)$", out, re.MULTILINE) == [
+        ("2", "outside box [150, 10, 290, 90]", "100 x 300")
+    ]
+
+
 def test_a_file_with_five_percent_bad_rows_gives_the_other_95(images, tmp_path, renderer, capsys):
     names = ("no JSON", "truncated JPEG", "link out of the base", "inverted box", "half a surrogate pair")
     faults = dict(zip((7, 30, 31, 77, 100), names, strict=True))

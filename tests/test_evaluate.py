@@ -210,7 +210,9 @@ def test_a_file_that_holds_no_answers_is_left_alone(config, content):
     assert Path(config.output, "answers.jsonl").read_bytes() == content
 
 
-def test_a_judge_decides_and_is_asked_once(config, serve, tmp_path, monkeypatch):
+@pytest.fixture
+def saying_sloping(monkeypatch):
+    """Every answer is a word that only a judge can hold to be right."""
     generate = CropEngine.generate
 
     def saying(self, prompts, sampling, counts, **settings):
@@ -218,6 +220,9 @@ def test_a_judge_decides_and_is_asked_once(config, serve, tmp_path, monkeypatch)
         return generate(self, prompts, sampling, counts, forced=[said] * sum(counts), **settings)
 
     monkeypatch.setattr(CropEngine, "generate", saying)
+
+
+def test_a_judge_decides_and_is_asked_once(config, serve, tmp_path, saying_sloping):
     server = serve(lambda handler, body: handler.send(completion("right")))
     given = {"judge_url": server.url, "judge_model": "m", "judge_cache": str(tmp_path / "cache")}
     judged = replace(config, **given, max_new_tokens=40)
@@ -227,6 +232,37 @@ def test_a_judge_decides_and_is_asked_once(config, serve, tmp_path, monkeypatch)
     assert evaluate(judged)["judge"]["cached"] == 9
     assert len(server.seen) == 9
     assert evaluate(replace(config, max_new_tokens=40))["crops"]["real"]["all"]["accuracy"] == 0.0, "by rules"
+
+
+def test_a_judge_that_stays_away_ends_the_command_and_no_question_is_asked_again(
+    config, serve, tmp_path, saying_sloping, capsys
+):
+    server = serve(lambda handler, body: handler.send(completion("right")))
+    flags = ["--model_path", config.model_path, "--data", config.data, "--output", config.output]
+    flags += ["--max_new_tokens", "40", "--judge_url", server.url, "--judge_model", "m", "--judge_patience", "0.2"]
+    flags += ["--judge_cache", str(tmp_path / "cache"), "--judge_retries", "0"]
+    server.die()
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    assert stop.value.code == 1
+    answers = Path(config.output, "answers.jsonl")
+    said = capsys.readouterr().err
+    assert (
+        f"gave no answer in 0 s (no connection (ConnectError)). The answers so far are in {answers}: the same" in said
+    )
+    before = answers.read_bytes()
+    serve(lambda handler, body: handler.send(completion("right")), server.server_port)
+    main(flags)
+    assert "judged 9" in capsys.readouterr().out and answers.read_bytes() == before
+
+
+def test_a_full_disk_ends_the_command_without_a_traceback(config, capsys):
+    Path(config.output).mkdir()
+    Path(config.output, "answers.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        main(["--model_path", config.model_path, "--data", config.data, "--output", config.output])
+    assert stop.value.code == 1
+    assert "evaluate.py: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- the page

@@ -156,6 +156,26 @@ def other_base(tiny_model, folder, **sizes):
     Qwen(config).save_pretrained(folder)
 
 
+def test_an_adapter_knows_the_weights_of_its_base_however_they_are_cut_into_files(
+    base_folder, tiny_model, batch, tmp_path
+):
+    base, folder = tmp_path / "base", tmp_path / "final_model"
+    shutil.copytree(base_folder, base)
+    save(load_for_training(ModelConfig(), DataConfig(), LORA, str(base)), folder)
+    expected = logits_of(infer(folder).model, batch)
+    (base / "model.safetensors").unlink()
+    tiny_model.save_pretrained(base, max_shard_size="1MB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(infer(folder).model, batch), expected)
+    changed = deepcopy(tiny_model)
+    changed.model.language_model.layers[2].self_attn.q_proj.weight.data += 1e-4
+    changed.save_pretrained(base, max_shard_size="1MB")
+    with pytest.raises(SettingsError, match=r"trained on another base than .*its weights have changed since"):
+        infer(folder)
+    (folder / "base_weights.json").unlink()
+    assert not torch.equal(logits_of(infer(folder).model, batch), expected)
+
+
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
@@ -172,6 +192,7 @@ def test_an_adapter_of_another_base_is_refused_at_every_door(adapter, base_folde
     if "num_hidden_layers" in sizes:
         sizes = {**sizes, "layer_types": ["full_attention"] * sizes["num_hidden_layers"]}
     other_base(tiny_model, base, **sizes)
+    (folder / "base_weights.json").unlink(missing_ok=True)  # as of an adapter that another program trained
     named = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(named))
     message = rf"the adapter {folder} was trained on another base than {base}, which it names: .*{reason}"
