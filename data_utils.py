@@ -115,16 +115,7 @@ class Checker:
             return Checked(line, 0, path, "", "", 0, 0, str(error))
 
     def _parse(self, raw: bytes) -> tuple[str, list[Any]]:
-        if len(raw) > MAX_LINE_BYTES:
-            raise ValueError(f"bad JSON: the line is {len(raw):,} bytes long (at most {MAX_LINE_BYTES:,})")
-        try:
-            row = json.loads(raw.decode("utf-8-sig").rstrip())
-        except json.JSONDecodeError as error:  # its own text counts lines inside the row
-            raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"bad JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"bad JSON: a row must be an object, this is {type(row).__name__}")
+        row = parse_line(raw)
         for key, kind in (("image_path", str), ("QnA", list)):
             if not isinstance(row.get(key), kind) or not row[key]:
                 raise ValueError(f"missing key {key!r}: it must be a non-empty {kind.__name__}")
@@ -198,6 +189,21 @@ class Checker:
         if self.renderer is not None:
             return self.renderer.length(example, size)
         return Renderer.length(_TextEstimate(self.contract), example, size)  # type: ignore[arg-type]
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """A line of JSONL; raises ValueError for anything but an object."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise ValueError(f"bad JSON: the line is {len(raw):,} bytes long (at most {MAX_LINE_BYTES:,})")
+    try:
+        row = json.loads(raw.decode("utf-8-sig").rstrip())
+    except json.JSONDecodeError as error:  # its own text counts lines inside the row
+        raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"bad JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"bad JSON: a row must be an object, this is {type(row).__name__}")
+    return row
 
 
 def refuse_surrogates(text: str, key: str) -> None:
