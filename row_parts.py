@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from box_frames import frame_extent
 from config import ConversionConfig
@@ -18,6 +18,9 @@ from conversation import load_image, refuse_reserved, resolve_image_path
 from crop_tool import Box, CropContract, resolve_box, smart_resize, split_annotations
 from response_format import parse_response
 from traces import write_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Row = dict[str, Any]
 QWEN_FACTOR, QWEN_MIN_PIXELS = 28, 3136  # of Qwen2.5-VL's image processor
@@ -270,10 +273,16 @@ def take_image(value: Any, conversion: Conversion) -> str:
     raise ValueError("the image must be a path, or an image's bytes")
 
 
+@lru_cache(maxsize=1)
+def last_image(path: str, folder: str) -> Image:
+    """`load_image`, decoded once for the crops of a row, which follow each other."""
+    return load_image(path, folder)
+
+
 def save_crop(box: Box, path: str, conversion: Conversion) -> str:
     """Cut a region (original pixels) and write it beside the images; its path, relative to the image folder."""
     folder = conversion.config.image_folder
-    image = load_image(path, folder)
+    image = last_image(path, folder)
     outcome, region = resolve_box(box, image.size, CropContract().min_crop_side)
     if region is None:
         raise ValueError(f"{outcome} box {box_text(box)}: the image is {image.size[0]} x {image.size[1]}")
