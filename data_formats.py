@@ -31,7 +31,7 @@ from config import SettingsError
 from conversation import resolve_image_path
 from crop_tool import Box, Frame, format_box, parse_box, split_annotations
 from response_format import parse_response
-from row_parts import (
+from format_parts import (
     CALLS,
     ROW_KEYS,
     Conversion,
@@ -65,11 +65,12 @@ _BOX_REQUEST = re.compile(
 _TOOL_REQUEST = re.compile(r"\s*Think first, call \*\*image_zoom_in_tool\*\*.*", re.DOTALL)  # ends DeepEyes' questions
 _BOX_JSON = re.compile(r'(?:```json\s*)?(\{[^{}]*"bbox_2d"[^{}]*\})(?:\s*```)?')
 
-# What a row can lose beyond the list of `row_parts`.
+# What a row can lose beyond the list of `format_parts`.
 TURNS = "had several turns: each became a question of its own, which does not see the ones before"
 JOINED = "had several questions, which became turns of one conversation"
 SYSTEM = "lost their system prompt"
 UNITED = "had several boxes, of which their common bounding box is kept"
+BESIDE_BOX = "lost words beside their box or crop"
 CLAMPED = "had a box beyond the image, which was clamped"
 
 
@@ -104,7 +105,7 @@ def read_vlir(row: Row, conversion: Conversion) -> Row:
         nonlocal count
         count += 1
         try:
-            box = as_box(json.loads(match.group(1))["bbox_2d"])
+            box = as_box(json.loads(match.group(1)).get("bbox_2d"))
         except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"malformed box {match.group(1)[:60]!r}: it is not JSON") from None
         return call_text(conversion.original_box(box, path, conversion.config.box_frame or "qwen"))
@@ -155,6 +156,8 @@ def read_visual_cot(row: Row, conversion: Conversion) -> Row:
     question, boxes = _BOX_REQUEST.sub("", turns[0]), []
     if len(images) == 2:
         boxes = [visual_cot_box(images[1], turns[1], path, conversion)]
+        if parse_box(turns[1]) is None or turns[2].strip():
+            conversion.lost.add(BESIDE_BOX)
     entry = conversion.entry(question, response_of(boxes, plain_answer(turns[-1]), conversion))
     return {"image_path": path, "QnA": [entry], **others(row, "image", "conversations")}
 

@@ -11,8 +11,8 @@ from PIL import Image
 from config import ConversionConfig, SettingsError
 from conversation import load_image
 from crop_tool import Box, parse_box, split_annotations
-from data_formats import FORMATS, SYSTEM, TURNS, UNITED, parse_columns
-from row_parts import (
+from data_formats import BESIDE_BOX, FORMATS, SYSTEM, TURNS, UNITED, parse_columns
+from format_parts import (
     CALLS,
     CALLS_ALONE,
     ENTRY_KEYS,
@@ -139,6 +139,11 @@ def test_visual_cot_takes_the_pixels_behind_the_path(conversion):
     response = "<think>\n{Crop region [20, 10, 60, 30]}\n</think>\n\n<answer>A dog</answer>"
     assert row == ours(response, "flat.jpg", "What is there?", dataset="v7w", split="train", question_id=3)
     assert conversion.lost == {CALLS_ALONE}
+
+
+def test_visual_cot_says_where_words_beside_the_box_are_lost(conversion):
+    read("visual_cot", visual_cot(shares="I look left: [0.1, 0.1, 0.2, 0.2]"), conversion)
+    assert BESIDE_BOX in conversion.lost
 
 
 @pytest.mark.parametrize("pixels", ["", "[0.25, 0.375, 0.75, 0.625]"])
@@ -347,6 +352,7 @@ def asked(ground_truth="a", **changes):
         ("vlir", vlir(response_list=['<think>{"bbox_2d": [1, 2, 3, 1e400]}']), "not finite"),
         ("vlir", vlir(response_list=['<think>{"bbox_2d": [1, 2, 3, true]}']), "expected four numbers"),
         ("vlir", vlir(response_list=['<think>{"bbox_2d": [1, 2, 3, os.x]}']), "it is not JSON"),
+        ("vlir", vlir(response_list=['<think>{"label": "bbox_2d"}']), "malformed box None"),
         ("vlir", vlir(response_list=['<think>{"bbox_2d": [1, 2, 3, 4]']), "outside of a JSON object"),
         ("vlir", vlir(response_list=['{"bbox_2d": [1, 2, 3, 4]}']), "there are calls, but no <think>"),
         ("vlir", vlir(response_list=["<answer>A</answer> <answer>B</answer>"], img_crop_list=[]), "missing tags"),
