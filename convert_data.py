@@ -25,8 +25,8 @@ from typing import Any
 
 from command_line import add_flags
 from config import ConversionConfig, SettingsError, build, require
+from data_check import parse_line
 from data_formats import FORMATS, parse_columns
-from data_utils import parse_line
 from format_parts import Conversion, Row, check_row
 
 SHOWN = 10  # rows left out that are named on the screen; all of them are in the file beside the output
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done. lost: text of `format_parts` -> rows. faults: the first of the rows left out, with their reasons."""
+    """What was done. lost: text of `format_parts` -> rows. faults: the first of the rows left out, with reasons."""
 
     target: str
     read: int

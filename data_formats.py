@@ -30,7 +30,6 @@ from typing import Any
 from config import SettingsError
 from conversation import resolve_image_path
 from crop_tool import Box, Frame, format_box, parse_box, split_annotations
-from response_format import parse_response
 from format_parts import (
     CALLS,
     ROW_KEYS,
@@ -55,6 +54,7 @@ from format_parts import (
     take_image,
     with_tags,
 )
+from response_format import parse_response
 
 IMAGE_MARK = "<image>"
 # The question's fixed second half, by which Visual-CoT's own loader cuts it.

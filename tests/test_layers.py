@@ -12,6 +12,7 @@ FLOORS = {
     **dict.fromkeys(("response_format", "model_utils", "answer_rules", "command_line", "demo_model", "box_frames"), 1),
     **dict.fromkeys(("conversation", "rewards", "traces", "judge"), 2),
     **dict.fromkeys(("data_sheet", "token_view", "visualize", "rollouts", "benchmark_data", "format_parts"), 3),
+    "data_check": 3,
     **dict.fromkeys(("data_utils", "data_formats", "kv_cache", "sampling", "sharding", "packing", "measures"), 4),
     "vllm_generation": 4,
     **dict.fromkeys(("decoding", "sft_data"), 5),
