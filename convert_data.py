@@ -108,8 +108,13 @@ def hub_rows(name: str, config: ConversionConfig) -> Iterator[tuple[str, Row, in
     import datasets
 
     split = config.split or "train"
+    is_saved = Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file()  # by `save_to_disk`
+    require(
+        config.subset is None or not (is_saved or Path(name).is_file()),
+        f"subset is {config.subset!r}, but {name} is one set alone: leave it out",
+    )
     try:
-        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():  # of `save_to_disk`
+        if is_saved:
             saved = datasets.load_from_disk(name)
             table = (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset()
         elif Path(name).is_file():

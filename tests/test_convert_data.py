@@ -311,6 +311,7 @@ def test_a_set_with_code_of_its_own_is_not_run(folder):
         ("--from vlir x.json --to jsonl o.jsonl --box_max_pixels 9", "it must be at least 3136"),
         ("--from vlir x.json --to jsonl o.jsonl --box_frame tiles", "it must be one of original"),
         ("--from hub x.json --to jsonl o.jsonl --columns a=b", "it is a list like image=img"),
+        ("--from hub x.json --to jsonl o.jsonl --subset big", "subset is 'big', but x.json is one set alone"),
     ],
 )
 def test_what_cannot_be_is_said(folder, monkeypatch, capsys, flags, message):
