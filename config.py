@@ -286,6 +286,31 @@ class EvaluationConfig(JudgeConfig, InferenceConfig):
         return tuple(dict.fromkeys(name.strip() for name in given))
 
 
+@dataclass(frozen=True)
+class ConversionConfig:
+    """How a data file of another format is read or written."""
+
+    image_folder: str = setting(
+        "data/images", "folder that image paths are relative to; images that come inside a file are written there"
+    )
+    answer_key: str = setting("A3", "jsonl: key of the annotated answer in each QnA entry")
+    columns: str | None = setting(
+        None, "hub: our names and the set's columns, as image=img,question=prompt,answer=solution,boxes=bbox"
+    )
+    split: str | None = setting(None, "hub: which split [train]")
+    subset: str | None = setting(None, "hub: which configuration of the set, where it has several")
+    box_form: Literal["xyxy", "xywh"] | None = setting(None, "hub: corners, or a corner with width and height [xyxy]")
+    box_frame: Literal["original", "qwen", "normalized_1", "normalized_1000"] | None = setting(
+        None,
+        "vlir, hub: frame of the boxes that are read; qwen: pixels of the image as Qwen2.5-VL's own processor sizes it "
+        "[vlir: qwen, hub: original]",
+    )
+    box_max_pixels: int = setting(1605632, "frame qwen: the processor's max_pixels")
+
+    def __post_init__(self) -> None:
+        require(self.box_max_pixels >= 3136, f"box_max_pixels is {self.box_max_pixels}, but it must be at least 3136")
+
+
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTStageConfig, "grpo": GRPOStageConfig}
 
 

@@ -74,7 +74,7 @@ def build_trainer(
 ) -> CropGRPOTrainer:
     """The trainer of stage 2 on the prompts of `settings.data`; `parts` replaces the preset's reward."""
     from conversation import Renderer
-    from data_utils import load_examples
+    from data_check import load_examples
     from generation import SamplingParams
     from judge import Judge
     from model_utils import save_companions

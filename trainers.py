@@ -24,7 +24,7 @@ from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_t
 from config import SettingsError
 from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
 from crop_tool import resolve_box
-from data_utils import as_example
+from data_check import as_example
 from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
