@@ -183,6 +183,7 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
         None, "vllm_server: folder, seen by both sides, through which weights go to it [<output_dir>/vllm_weights]"
     )
     max_batch_tokens: int = setting(0, "rollouts: bound of the KV cache, rows x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     reward_preset: Literal["balanced", "vlm_r3_paper", "vlm_r3_code", "deepeyes"] = setting(
         "balanced", "which reward (see rewards.py)"
     )
@@ -226,6 +227,7 @@ class InferenceConfig:
     seed: int = setting(0, "the same seed samples the same tokens again")
     batch_size: int = setting(16, "questions answered side by side")
     max_batch_tokens: int = setting(0, "bound of the KV cache, questions side by side x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "auto: bfloat16 on a GPU that has it, else float32"
     )

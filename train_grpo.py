@@ -117,7 +117,7 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
         return training_engine(loaded, renderer, config, config.sft_checkpoint or settings.model.model_name)
     from generation import CropEngine
 
-    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens)
+    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens, config.cuda_graphs)
 
 
 def _with_prompt(columns: dict[str, list]) -> dict[str, list]:

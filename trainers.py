@@ -182,6 +182,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
                     "rollout_backend vllm takes whole weights from each process: use DDP or ZeRO-2, or leave it out"
                 )
         check_rollouts_possible(self)
+        if isinstance(engine, CropEngine) and (self.is_fsdp_enabled or zero_stage(self) == 3):
+            engine.decoder.cuda_graphs = False  # weights that are gathered for a rollout lie elsewhere each time
         if self.is_fsdp_enabled:
             gather_head_with_the_model(self.model)
         base = self.accelerator.unwrap_model(self.model)
