@@ -18,6 +18,7 @@ from config import SettingsError
 from conversation import Prompt, Renderer, check_image_tokens
 from decoding import Batch, Decoder, Limits, Row, slots_needed
 from kv_cache import attention_over_slots
+from packed_linear import PackedLinears
 from rollouts import Rollout, RolloutWriter, SamplingParams
 
 if TYPE_CHECKING:
@@ -88,12 +89,15 @@ class CropEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with attention_over_slots(self.base.model.language_model):
+            with attention_over_slots(self.base.model.language_model), self._packed(len(rows)).used():
                 take = partial(self.writer.take, sampling=sampling)
                 Batch(self.decoder, rows, sampling, take, self.limits, on_finish, keep_features).run()
         finally:
             self.model.train(was_training)
         return [self.writer.rollout(row, row.features) for row in rows]
+
+    def _packed(self, rows: int) -> PackedLinears:
+        return PackedLinears(self.base, min(rows, self.limits.batch_size))
 
     def _check_fits(self, prompt: Prompt, number: int, sampling: SamplingParams) -> None:
         needed = slots_needed(len(prompt.ids) + sampling.max_new_tokens)

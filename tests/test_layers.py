@@ -15,7 +15,8 @@ FLOORS = {
             "response_format model_utils answer_rules architecture box_frames command_line demo_model",
             "conversation rewards traces judge memory_model checkpoints",
             "data_check data_sheet token_view visualize rollouts benchmark_data format_parts",
-            "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs",
+            "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs"
+            " packed_linear",
             "decoding sft_data",
             "generation",
             "scoring resuming",
