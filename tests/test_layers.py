@@ -14,14 +14,17 @@ FLOORS = {
     **dict.fromkeys(("conversation", "rewards", "traces", "judge", "memory_model", "checkpoints"), 2),
     **dict.fromkeys(("data_sheet", "token_view", "visualize", "rollouts", "benchmark_data"), 3),
     **dict.fromkeys(("data_utils", "kv_cache", "sampling", "sharding", "packing", "vllm_generation", "measures"), 4),
-    **dict.fromkeys(("decoding", "sft_data"), 5),
+    "rollout_pages": 4,
+    **dict.fromkeys(("decoding", "sft_data", "trackers"), 5),
     "generation": 6,
     **dict.fromkeys(("scoring", "resuming"), 7),
     **dict.fromkeys(("trainers", "training", "inference"), 8),
-    **dict.fromkeys(("train_sft", "train_grpo", "evaluate"), 9),
-    **dict.fromkeys(("demo", "probe"), 10),
-    "train_qwenvl_25": 11,  # --demo opens demo.py
-    **dict.fromkeys(("configure_training", "example_usage"), 12),
+    **dict.fromkeys(("train_sft", "evaluate"), 9),
+    "watching": 10,
+    "train_grpo": 11,
+    **dict.fromkeys(("demo", "probe"), 12),
+    "train_qwenvl_25": 13,  # --demo opens demo.py
+    **dict.fromkeys(("configure_training", "example_usage"), 14),
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "datasets", "accelerate"}
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
