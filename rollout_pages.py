@@ -189,8 +189,8 @@ TEMPLATE = """
 .crop-trace .parts span { border:1px solid var(--line); border-radius:5px; padding:0 .45rem; }
 </style></head><body><section class="crop-trace">
 <h1>Rollouts of step {{ step }}</h1>
-<p class="small">{{ sections | length }} of {{ total }} groups, {{ count }} rollouts, of the first process. In each group
-the best and the worst are open. Dashed: annotated regions; numbered: the calls; yellow: all calls of the group.
+<p class="small">{{ sections | length }} of {{ total }} groups, {{ count }} rollouts, of the first process. In each
+group the best and the worst are open. Dashed: annotated regions; numbered: the calls; yellow: all calls of the group.
 A rollout of the file beside this page opens token by token:
 <code>python rollout_pages.py step_{{ '%06d' % step }}.jsonl --show N</code></p>
 </section>

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-COLUMNS = ("group", "rollout", "picture", "question", "response", "expected", "answer", "reward", "advantage")
+COLUMNS = ("group", "rollout", "question", "response", "expected", "answer", "reward", "advantage")
+Row = tuple[str, "Image", dict[str, str | float]]  # name, picture, and a value for each of `COLUMNS`
 
 
 def check_trackers(report_to: str | Sequence[str] | None) -> None:
@@ -46,37 +47,32 @@ def send_rollouts(
         _to_tensorboard(callbacks, step, rows)
     for name in wanted:
         if name != "tensorboard":
-            _to_table(importlib.import_module(name), step, rows)
+            _log_to(importlib.import_module(name), step, rows)
 
 
-def _rows(groups: Sequence[Sequence[ScoredRollout]], image_base: str) -> Iterable[dict[str, Any]]:
-    """Rows of `COLUMNS`."""
+def _rows(groups: Sequence[Sequence[ScoredRollout]], image_base: str) -> Iterable[Row]:
     for number, group in enumerate(groups, start=1):
         image = load_image(group[0].example.image_path, image_base)
         ranked = sorted(group, key=lambda item: item.reward)
         for which, item in {"best": ranked[-1], "worst": ranked[0]}.items():
-            if which == "best" or item is not ranked[-1]:
-                yield dict(
-                    zip(COLUMNS, (number, which, draw_answer(item.trace(image)), *_texts(item)), strict=True),
-                )
+            values = dict(zip(COLUMNS, (number, which, *_texts(item), item.reward, item.advantage), strict=True))
+            yield f"rollouts/group {number} {which}", draw_answer(item.trace(image)), values
 
 
-def _texts(item: ScoredRollout) -> tuple[str | float, ...]:
+def _texts(item: ScoredRollout) -> Iterable[str]:
     texts = (item.example.question, item.response.text, item.reference.answer, item.response.answer_content)
-    return *(text.encode("utf-8", "replace").decode() for text in texts), item.reward, item.advantage
+    return (text.encode("utf-8", "replace").decode() for text in texts)
 
 
-def _to_tensorboard(callbacks: Iterable[TrainerCallback], step: int, rows: Sequence[dict[str, Any]]) -> None:
+def _to_tensorboard(callbacks: Iterable[TrainerCallback], step: int, rows: Sequence[Row]) -> None:
     import numpy as np
     from transformers.integrations import TensorBoardCallback
 
     writer = next(callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
-    for row in rows:
-        picture: Image = row["picture"]
-        tag = f"rollouts/group {row['group']} {row['rollout']}"
-        writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
-        text = "\n\n".join(f"**{name}**\n\n{_as_code(row[name])}" for name in COLUMNS[3:])
-        writer.add_text(tag, text, step)
+    for name, picture, values in rows:
+        writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        text = "\n\n".join(f"**{column}**\n\n{_as_code(values[column])}" for column in COLUMNS[2:])
+        writer.add_text(name, text, step)
     writer.flush()
 
 
@@ -86,8 +82,8 @@ def _as_code(value: str | float) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def _to_table(tracker: Any, step: int, rows: Sequence[dict[str, Any]]) -> None:
+def _log_to(tracker: Any, step: int, rows: Sequence[Row]) -> None:
     """wandb and trackio have the same interface for this."""
-    data = [[tracker.Image(row[name]) if name == "picture" else row[name] for name in COLUMNS] for row in rows]
-    table = tracker.Table(columns=list(COLUMNS), data=data)
-    tracker.log({"rollouts": table, "train/global_step": step})
+    pictures = {name: tracker.Image(picture, caption=values["response"]) for name, picture, values in rows}
+    table = tracker.Table(columns=list(COLUMNS), data=[list(values.values()) for *_, values in rows])
+    tracker.log({**pictures, "rollouts": table, "train/global_step": step})

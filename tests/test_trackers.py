@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from test_trainers import grpo_trainer, length_part, script_calls, settings_for
 
-import train_grpo
 import trackers
+import train_grpo
 from config import SettingsError
 from crop_tool import Box, ToolCall
 from response_format import parse_response
@@ -21,6 +21,7 @@ from trackers import check_trackers
 from training import train
 from visualize import draw_answer
 
+SHOWN = [[group, which] for group in (1, 2) for which in ("best", "worst")]
 WATCHED = {"max_steps": 2, "watch_every": 1, "watch_samples": 2, "keep_rollouts_every": 2, "beta": 0}
 
 
@@ -43,7 +44,7 @@ def test_tensorboard_has_figures_pictures_and_texts(base_folder, data_folder, tm
     tags = events.Tags()
     assert {"train/watch/crop_gain", "train/crops/no_call", "train/answer/characters"} <= set(tags["scalars"])
     assert [item.step for item in events.Scalars("train/watch/crop_gain")] == [0, 1, 2]
-    assert tags["images"] == [f"rollouts/group {group} {which}" for group in (1, 2) for which in ("best", "worst")]
+    assert tags["images"] == [f"rollouts/group {group} {which}" for group, which in SHOWN]
     pictures = events.Images("rollouts/group 1 best")
     assert [item.step for item in pictures] == [1, 2]
     assert pictures[1].height == 384 and pictures[1].width > 384, "the image and a crop beside it"
@@ -61,13 +62,12 @@ def test_wandb_gets_the_figures_and_the_table_of_pictures(base_folder, data_fold
     run(base_folder, data_folder, tmp_path, report_to="wandb")
     summary = dict(wandb.run.summary)
     wandb.finish()
-    assert {"train/watch/crop_gain", "train/crops/no_call", "rollouts"} <= set(summary)
+    assert {"train/watch/crop_gain", "train/crops/no_call", "rollouts", "rollouts/group 2 worst"} <= set(summary)
     media = next((tmp_path / "wandb").glob("offline-run-*")) / "files/media"
     tables = [json.loads(path.read_text()) for path in media.rglob("rollouts*.table.json")]
-    assert len(tables) == 2
-    for table in tables:
-        assert tuple(table["columns"]) == trackers.COLUMNS and len(table["data"]) == 4
-        assert all((media.parent / row[2]["path"]).is_file() for row in table["data"])
+    assert [tuple(table["columns"]) for table in tables] == [trackers.COLUMNS] * 2
+    assert [[row[:2] for row in table["data"]] for table in tables] == [SHOWN] * 2
+    assert sum(1 for _ in media.rglob("*.png")) == 8
 
 
 def test_trackio_gets_the_figures_and_the_table_of_pictures(base_folder, data_folder, tmp_path, monkeypatch):
@@ -79,8 +79,8 @@ def test_trackio_gets_the_figures_and_the_table_of_pictures(base_folder, data_fo
     tables = [values for values in logged if "rollouts" in values]
     assert [values["train/global_step"] for values in tables] == [1, 2]
     for values in tables:
-        assert len(values["rollouts"].data) == 4
-        assert set(values["rollouts"].data[0]) == set(trackers.COLUMNS)
+        assert [[row["group"], row["rollout"]] for row in values["rollouts"].data] == SHOWN
+        assert {f"rollouts/group {group} {which}" for group, which in SHOWN} <= set(values)
     pictures = Path(os.environ["TRACKIO_DIR"]).rglob("*.png")
     assert len(list(pictures)) == 8
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,7 +179,7 @@ def test_the_trainings_speed_leaves_the_fixed_questions_out(base_folder, data_fo
     assert watch.every == 1
     lines = [item for item in trainer.state.log_history if "loss" in item]
     assert len(lines) == 3 and all("tokens_per_second" in line for line in lines[1:])
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         assert (line["num_tokens"] - before["num_tokens"]) / line["tokens_per_second"] < seconds
 
 
@@ -214,3 +216,13 @@ def test_script_calls_leave_no_figure_undefined(base_folder, data_folder, tmp_pa
     logged = trainer.state.log_history[0]
     names = ("invalid", "repeated", "whole_image", "after_answer", "no_call", "per_rollout", "iou")
     assert all(math.isfinite(logged[f"crops/{name}"]) for name in names)
+
+
+def test_readme_has_each_alarm_with_its_limit():
+    """Figure, direction and number, as they stand in the table."""
+    readme = (Path(watching.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for alarm in ALARMS:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{alarm.figure}` |"))
+        direction = "over" if alarm.limit > alarm.recovered else "under"
+        limit = f"{alarm.limit:.0f} times" if alarm.grows else f"{alarm.limit:.0%}"
+        assert f"| {direction} {limit}" in row
