@@ -176,7 +176,7 @@ def gain_figures(
     if not real:
         return {}
     gain = crop_gain(real, blank)
-    figures = {"watch/crop_gain": gain["gain"]}
+    figures = {"watch/crop_gain": gain["gain"], "watch/questions": gain["questions"]}
     for name, items in (("accuracy", real), ("accuracy_blank", blank)):
         figures[f"watch/{name}"] = statistics.fmean(item.figures["accuracy"] for item in items)
     if gain["gain_ci"] is not None:
@@ -224,9 +224,10 @@ class CropGain(TrainerCallback):
         if self.trainer.is_world_process_zero():
             contract = self.trainer.engine.renderer.contract
             figures = [gain_figures(self.questions, everyone, contract, self.trainer.judge)]
+            figures[0]["watch/seconds"] = time.perf_counter() - started
         broadcast_object_list(figures)
         # TRL's own `log` would also write, and forget, the figures of the log interval that is under way.
-        Trainer.log(self.trainer, figures[0] | {"watch/seconds": time.perf_counter() - started})
+        Trainer.log(self.trainer, figures[0])
 
     def _with(self, crops: str) -> SamplingParams:
         return replace(self.sampling, crops=crops)

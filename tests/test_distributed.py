@@ -158,7 +158,7 @@ def test_fixed_questions_are_shared_out_and_one_process_keeps_its_rollouts(kind,
     folder, results = request.getfixturevalue(kind)
     first, second = results["group"]
     assert first["watched"] == second["watched"]
-    assert [item["step"] for item in first["watched"]] == [0, 1]
+    assert [(item["step"], item["watch/questions"]) for item in first["watched"]] == [(0, 3), (1, 3)]
     _, rows = read_rollouts(folder / "group/rollouts/step_000001.jsonl")
     assert [row["text"] for row in rows] == first["texts"]
 

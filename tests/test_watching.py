@@ -121,6 +121,7 @@ def test_gain_is_accuracy_with_real_crops_over_grey_ones(base_folder, data_folde
     right = {"real": (True, True, True, False), "blank": (True, False, False, False)}
     answers = [answer(*item) for crops in right for item in zip(questions, [crops] * 4, right[crops], strict=True)]
     figures = gain_figures(questions, answers, contract, None)
+    assert figures["watch/questions"] == 4
     assert figures["watch/accuracy"] == 0.75 and figures["watch/accuracy_blank"] == 0.25
     assert figures["watch/crop_gain"] == 0.5
     assert 0.0 <= figures["watch/crop_gain_low"] <= 0.5 <= figures["watch/crop_gain_high"] <= 1.0
