@@ -183,6 +183,7 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
         None, "vllm_server: folder, seen by both sides, through which weights go to it [<output_dir>/vllm_weights]"
     )
     max_batch_tokens: int = setting(0, "rollouts: bound of the KV cache, rows x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     reward_preset: Literal["balanced", "vlm_r3_paper", "vlm_r3_code", "deepeyes"] = setting(
         "balanced", "which reward (see rewards.py)"
     )
@@ -236,6 +237,7 @@ class InferenceConfig:
     seed: int = setting(0, "the same seed samples the same tokens again")
     batch_size: int = setting(16, "questions answered side by side")
     max_batch_tokens: int = setting(0, "bound of the KV cache, questions side by side x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "auto: bfloat16 on a GPU that has it, else float32"
     )
@@ -294,6 +296,31 @@ class EvaluationConfig(JudgeConfig, InferenceConfig):
     def ablations(self) -> tuple[str, ...]:
         given = self.ablate_crops.split(",") if self.ablate_crops else []
         return tuple(dict.fromkeys(name.strip() for name in given))
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """How a data file of another format is read or written."""
+
+    image_folder: str = setting(
+        "data/images", "folder that image paths are relative to; images that come inside a file are written there"
+    )
+    answer_key: str = setting("A3", "jsonl: key of the annotated answer in each QnA entry")
+    columns: str | None = setting(
+        None, "hub: our names and the set's columns, as image=img,question=prompt,answer=solution,boxes=bbox"
+    )
+    split: str | None = setting(None, "hub: which split [train]")
+    subset: str | None = setting(None, "hub: which configuration of the set, where it has several")
+    box_form: Literal["xyxy", "xywh"] | None = setting(None, "hub: corners, or a corner with width and height [xyxy]")
+    box_frame: Literal["original", "qwen", "normalized_1", "normalized_1000"] | None = setting(
+        None,
+        "vlir, hub: frame of the boxes that are read; qwen: pixels of the image as Qwen2.5-VL's own processor sizes it "
+        "[vlir: qwen, hub: original]",
+    )
+    box_max_pixels: int = setting(1605632, "frame qwen: the processor's max_pixels")
+
+    def __post_init__(self) -> None:
+        require(self.box_max_pixels >= 3136, f"box_max_pixels is {self.box_max_pixels}, but it must be at least 3136")
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTStageConfig, "grpo": GRPOStageConfig}

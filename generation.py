@@ -31,16 +31,23 @@ class CropEngine:
     max_batch_tokens: bound of the KV cache in tokens, rows times the slots of each; 0: none. Where the rows outgrow it,
         the youngest go back to the queue, to be prefilled again later. A crop that would not fit a row that had the
         whole cache for itself is `over_limit`.
+    cuda_graphs: on a GPU, record decode steps and replay them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, renderer: Renderer, batch_size: int = 64, max_batch_tokens: int = 0
+        self,
+        model: PreTrainedModel,
+        renderer: Renderer,
+        batch_size: int = 64,
+        max_batch_tokens: int = 0,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model, self.renderer, self.tokenizer = model, renderer, renderer.tokenizer
         self.batch_size, self.limits = batch_size, Limits(batch_size, max_batch_tokens)
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.writer = RolloutWriter(renderer, self.base.config, self.base.generation_config, self._fits)
         self.decoder = Decoder(self.base, renderer, self.writer.suppressed)
+        self.decoder.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(

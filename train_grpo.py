@@ -74,7 +74,7 @@ def build_trainer(
 ) -> CropGRPOTrainer:
     """The trainer of stage 2 on the prompts of `settings.data`; `parts` replaces the preset's reward."""
     from conversation import Renderer
-    from data_utils import load_examples
+    from data_check import load_examples
     from generation import SamplingParams
     from judge import Judge
     from model_utils import save_companions
@@ -123,7 +123,7 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
         return training_engine(loaded, renderer, config, config.sft_checkpoint or settings.model.model_name)
     from generation import CropEngine
 
-    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens)
+    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens, config.cuda_graphs)
 
 
 def _with_prompt(columns: dict[str, list]) -> dict[str, list]:

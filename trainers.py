@@ -21,21 +21,20 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from architecture import Architecture, PackCost
 from config import SettingsError
 from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
 from crop_tool import resolve_box
-from data_utils import as_example
+from data_check import as_example
 from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
 from measures import rollout_figures
-from packing import Packer
+from packing import Packer, accept_segments
 from response_format import parse_response
 from resuming import Resumable, Row
 from rewards import Reference
 from rollout_pages import ScoredRollout
-from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
+from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 from sft_data import FAULTS, ROWS, FaultLog, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
 from vllm_generation import VLLMEngine
@@ -190,19 +189,23 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
                     "rollout_backend vllm takes whole weights from each process: use DDP or ZeRO-2, or leave it out"
                 )
         check_rollouts_possible(self)
+        if isinstance(engine, CropEngine) and (self.is_fsdp_enabled or zero_stage(self) == 3):
+            engine.decoder.cuda_graphs = False  # weights that are gathered for a rollout lie elsewhere each time
         if self.is_fsdp_enabled:
             gather_head_with_the_model(self.model)
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
         self.keeps_features = not any(value.requires_grad for value in base.model.visual.parameters())
-        # Only sdpa takes a mask of our own.
+        # Only sdpa takes masks of our own.
         self.shares_prompts = base.config.get_text_config()._attn_implementation == "sdpa"
         self._decoder = Decoder(base, engine.renderer)
-        self._pack_cost = PackCost.of(Architecture.from_config(base.config.to_dict()))
         self._image_processor = self.processing_class.image_processor
         for model in (base, self.ref_model):
             if model is not None:
-                accept_features(self.accelerator.unwrap_model(model))
+                model = self.accelerator.unwrap_model(model)
+                accept_features(model)
+                if self.shares_prompts:
+                    accept_segments(model)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         given = super()._get_train_sampler(dataset)
@@ -303,13 +306,13 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             chunk = slice(start, start + size)
             rows, mask, chunk_spans = input_ids[chunk], attention_mask[chunk], spans[chunk]
             positions = self._positions(rows, mask, image_grid_thw, chunk_spans)
-            packs = plan_packs(rows, mask, logits_to_keep, chunk_spans, pixels, self._pack_cost)
-            packed = pack_rows(rows, mask, positions, logits_to_keep, chunk_spans, unscored, packs)
+            groups = group_rows(rows, mask, logits_to_keep, chunk_spans, pixels)
+            packed = pack_rows(rows, mask, positions, logits_to_keep, chunk_spans, unscored, groups)
             with self.accelerator.autocast():
                 output = model(
                     input_ids=packed.input_ids,
-                    attention_mask=packed.attention_mask,
                     position_ids=packed.position_ids,
+                    segments=packed.segments,
                     pixel_values=torch.cat([pixels[image] for image in packed.images]),
                     image_grid_thw=image_grid_thw[packed.images],
                     labels=packed.labels,

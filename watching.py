@@ -22,7 +22,7 @@ from benchmark_data import Question, question_of, read_questions
 from checkpoints import full_disk_reported
 from config import DataConfig, GRPOStageConfig
 from crop_tool import CropContract
-from data_utils import as_example
+from data_check import as_example
 from evaluate import ask
 from judge import Judge
 from measures import Answer, crop_gain, measure

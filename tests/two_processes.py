@@ -24,7 +24,7 @@ import train_grpo
 import train_sft
 from command_line import resolve_training
 from config import SettingsError
-from data_utils import Checker
+from data_check import Checker
 from model_utils import load_for_training
 from rewards import RewardPart
 from training import finish, release_memory, train
