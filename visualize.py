@@ -165,10 +165,14 @@ def draw_answer(trace: Trace, height: int = 384) -> Image:
 
     font, gap = ImageFont.load_default(size=18), 8
 
-    def scaled(image: Image.Image) -> Image.Image:
-        return image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height))
+    def scale_of(image: Image.Image) -> float:
+        return min(height / image.height, 4 * height / image.width)  # a crop may be a strip
 
-    main, scale = scaled(trace.image), height / trace.image.height
+    def scaled(image: Image.Image) -> Image.Image:
+        scale = scale_of(image)
+        return image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+    main, scale = scaled(trace.image), scale_of(trace.image)
     draw = ImageDraw.Draw(main)
     calls = [(number, call) for number, call in enumerate(trace.response.tool_calls, start=1) if call.box is not None]
     boxes = [(box, "white", "") for box in trace.reference_boxes]
@@ -183,7 +187,9 @@ def draw_answer(trace: Trace, height: int = 384) -> Image:
     for number, crop in enumerate(trace.crops, start=1):
         if crop is not None:
             piece = scaled(crop)
-            ImageDraw.Draw(piece).rectangle((0, 0, piece.width - 1, height - 1), outline=call_color(number), width=4)
+            ImageDraw.Draw(piece).rectangle(
+                (0, 0, piece.width - 1, piece.height - 1), outline=call_color(number), width=4
+            )
             pieces.append(piece)
     sheet = Image.new("RGB", (sum(piece.width + gap for piece in pieces) - gap, height), "white")
     left = 0

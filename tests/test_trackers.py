@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,5 @@ def test_the_picture_of_an_answer_has_its_boxes_and_crops_side_by_side():
     assert picture.getpixel((300, 100)) == (0, 0, 0)
     assert picture.getpixel((600, 100)) == (255, 255, 255)
     assert picture.getpixel((409, 100)) == color, "the frame of the second call's crop"
+    strip = replace(trace, crops=(None, Image.new("RGB", (5600, 28), "white")))
+    assert draw_answer(strip, 200).size == (400 + 8 + 800, 200)
