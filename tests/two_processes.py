@@ -247,6 +247,9 @@ def main(plan_file: str) -> None:
         release_memory()
         result = getattr(group, name)()
         (group.folder / f"{name}.{RANK}.json").write_text(json.dumps(result))
+    # A process that ends while the other still works may abort in gloo's threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
