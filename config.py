@@ -189,8 +189,18 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
     )
     global_reward_weight: float = setting(1.0, "balanced: weight of the global part (answer and format)")
     region_reward_weight: float = setting(1.0, "balanced: weight of the regional part (boxes and their use)")
+    watch_every: int = setting(
+        50, "steps between two measurements of the crop gain on fixed questions, also at both ends; 0: none"
+    )
+    watch_samples: int = setting(32, "so many fixed questions for it, drawn evenly from val_data, else from train_data")
+    keep_rollouts_every: int = setting(
+        50, "steps between two pages of rollouts in <output_dir>/rollouts, also of the first step; 0: none"
+    )
 
     def __post_init__(self) -> None:
+        JudgeConfig.__post_init__(self)
+        for name, bound in {"watch_every": 0, "watch_samples": 1, "keep_rollouts_every": 0}.items():
+            require(getattr(self, name) >= bound, f"{name} is {getattr(self, name)}, but it must be at least {bound}")
         require(
             not self.trl.get("use_vllm"),
             "use_vllm is TRL's own way to vLLM, which cannot insert crops: give rollout_backend=vllm instead",

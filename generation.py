@@ -44,7 +44,7 @@ class CropEngine:
         cuda_graphs: bool = True,
     ) -> None:
         self.model, self.renderer, self.tokenizer = model, renderer, renderer.tokenizer
-        self.limits = Limits(batch_size, max_batch_tokens)
+        self.batch_size, self.limits = batch_size, Limits(batch_size, max_batch_tokens)
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.writer = RolloutWriter(renderer, self.base.config, self.base.generation_config, self._fits)
         self.decoder = Decoder(self.base, renderer, self.writer.suppressed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,12 @@ from data_check import as_example
 from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
+from measures import rollout_figures
 from packing import Packer, accept_segments
 from response_format import parse_response
 from resuming import Resumable, Row
-from rewards import Reference, call_statistics
+from rewards import Reference
+from rollout_pages import ScoredRollout
 from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 from sft_data import FAULTS, ROWS, FaultLog, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
@@ -159,6 +161,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
     vLLM's log-probs differ a little from the trainer's. TRL's own correction for that
     (`vllm_importance_sampling_correction`) works here as well, and TRL calls `sync_weights` before each rollout.
+
+    on_rollouts: called with this trainer, the steps that train on them, and the rollouts of this process.
     """
 
     def __init__(
@@ -168,11 +172,14 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         sampling: SamplingParams,
         image_base: str,
         judge: Judge | None = None,
+        on_rollouts: Callable[[CropGRPOTrainer, range, list[ScoredRollout]], None] | None = None,
         **kwargs: Any,
     ):
         self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
+        self.on_rollouts = on_rollouts
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
+        self._batch_references: list[Reference] = []
         self._batch_keys: list[Row] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
@@ -242,6 +249,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         # TRL drops the pixels of a whole batch, without a word, where one row's tokens and features differ.
         if "pixel_values" not in output:
             raise RuntimeError("TRL dropped the images of a batch: image tokens and features did not match")
+        if self.on_rollouts is not None and self.model.training:
+            self._hand_over(output["advantages"])
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -347,6 +356,7 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         if self.judge is not None:
             pairs = self._judged(pairs)
         self._batch_rollouts = [rollout for rollout, _ in pairs]
+        self._batch_references = [reference for _, reference in pairs]
         self._check(self._batch_rollouts)
         self._log_rollouts(pairs, time.perf_counter() - started)
         return {
@@ -386,20 +396,23 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
     def _log_rollouts(self, pairs: Sequence[tuple[Rollout, Reference]], seconds: float) -> None:
         """Figures of the rollouts; TRL averages them over processes and logging steps."""
-        totals: dict[str, list[float]] = defaultdict(list)
-        for rollout, reference in pairs:
-            response = parse_response(rollout.text, rollout.tool_calls)
-            for name, value in call_statistics(response, reference).items():
-                totals[name].append(value)
-        calls = sum(totals["calls"])
-        if calls:  # a process without calls has no share to report
-            for name in ("invalid", "repeated", "whole_image", "after_answer"):
-                self._log_metric(f"crops/{name}", sum(totals[name]) / calls)
-        self._log_metric("crops/per_rollout", sum(totals["executed"]) / len(pairs))
-        self._log_metric("crops/no_call", sum(totals["no_call"]) / len(pairs))
-        known = [value for value in totals["iou"] if value == value]  # nan: no annotated box
-        if known:
-            self._log_metric("crops/iou", sum(known) / len(known))
+        parsed = [(parse_response(rollout.text, rollout.tool_calls), reference) for rollout, reference in pairs]
         sampled = sum(sum(rollout.sampled_mask) for rollout, _ in pairs)
-        self._log_metric("rollout/tokens_per_second", sampled / seconds)
-        self._log_metric("rollout/seconds", seconds)
+        figures = {"rollout/tokens_per_second": sampled / seconds, "rollout/seconds": seconds}
+        for name, value in (rollout_figures(parsed) | figures).items():
+            self._log_metric(name, value)
+
+    def _hand_over(self, advantages: torch.Tensor) -> None:
+        """Give `on_rollouts` the rollouts of this process, what they earned, and the steps that train on them."""
+        micro_batches = self.args.steps_per_generation * self.num_iterations
+        first = self.state.global_step + 1
+        steps = range(first, first + max(1, micro_batches // self.args.gradient_accumulation_steps))
+        begin = self.args.process_index * len(self._batch_rows)  # TRL's logs hold the rows of all processes
+        scored = []
+        for place, row in enumerate(self._batch_rows):
+            parts = {name: self._logs["rewards"][name][begin + place] for name in self.reward_func_names}
+            weighted = zip(self.reward_weights.tolist(), parts.values(), strict=True)
+            reward = sum(weight * value for weight, value in weighted if value == value)  # nan: not scored
+            pair = self._batch_references[place], self._batch_rollouts[place]
+            scored.append(ScoredRollout(as_example(row), *pair, parts, reward, advantages[place].item()))
+        self.on_rollouts(self, steps, scored)

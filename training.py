@@ -27,6 +27,7 @@ from memory_model import out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model
 from resuming import StopOnSignal
 from sharding import zero_stage
+from trackers import check_trackers
 from visualize import plot_training_curves
 
 # transformers 5.23 renames the field; the new name does not exist in 5.17, on which this also runs.
@@ -72,6 +73,7 @@ class Throughput(TrainerCallback):
         self.seconds, self.since = self.seconds + now - self.since, now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.seconds -= logs.get("watch/seconds", 0.0)  # the fixed questions of R-GRPO are no training
         tokens = logs.get("num_tokens")  # TRL's count since the start; absent after an evaluation
         if tokens is None:
             return
@@ -97,6 +99,7 @@ FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_total_limit", "eval_
     *("judge_max_requests", "judge_max_tokens"),
 }
 FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
+FREE_SETTINGS |= {"watch_every", "watch_samples", "keep_rollouts_every"}
 
 
 def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
@@ -105,6 +108,9 @@ def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
     if is_main_process():
         print(f"\n=== {title} ===", flush=True)
     _check_precision(config)
+    for later in (settings.sft, settings.grpo):
+        if later is not None:
+            check_trackers(later.trl.get("report_to"))
     log = Path(config.output_dir, LOG_FILE)
     final = Path(config.output_dir, "final_model")
     if not (config.resume and log.is_file() and final.is_dir()):

@@ -15,13 +15,15 @@ FLOORS = {
             "response_format model_utils answer_rules architecture box_frames command_line demo_model",
             "conversation rewards traces judge memory_model checkpoints",
             "data_check data_sheet token_view visualize rollouts benchmark_data format_parts",
-            "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs"
-            " packed_linear",
-            "decoding sft_data",
+            "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs "
+            "packed_linear rollout_pages",
+            "decoding sft_data trackers",
             "generation",
             "scoring resuming",
             "trainers training inference",
-            "train_sft train_grpo evaluate convert_data",
+            "train_sft evaluate convert_data",
+            "watching",
+            "train_grpo",
             "demo probe",
             "train_qwenvl_25",  # --demo opens demo.py
             "configure_training example_usage",

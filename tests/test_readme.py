@@ -17,6 +17,7 @@ import data_utils
 import evaluate
 import inference
 import model_utils
+import rollout_pages
 from command_line import parse_training
 from config import EvaluationConfig, build
 
@@ -77,6 +78,8 @@ def test_command_parses_as_written(command, project, capsys):
     elif script == "evaluate.py":
         config = build(EvaluationConfig, vars(evaluate._parser().parse_args(flags)))
         assert config.model_path.startswith("outputs/")
+    elif script == "rollout_pages.py":
+        assert rollout_pages.build_parser().parse_args(flags).file.endswith("step_000050.jsonl")
     elif script == "model_utils.py":
         assert model_utils.merge_parser().parse_args(flags).merge == "outputs/grpo/final_model"
     elif script == "configure_training.py" and "--probe" in flags:
