@@ -1,4 +1,4 @@
-"""The sizes of a Qwen2.5-VL, from its config.json: what it has in parameters, and what a token costs.
+"""The sizes of a Qwen2.5-VL, from its config.json: what it has in parameters.
 
 No torch: planning a run takes milliseconds.
 """
@@ -122,27 +122,3 @@ ARCHITECTURES = {
     "Qwen/Qwen2.5-VL-32B-Instruct": Architecture(5120, 64, 40, 8, 27648, 152064, vision_intermediate_size=3456),
     "Qwen/Qwen2.5-VL-72B-Instruct": Architecture(8192, 80, 64, 8, 29568, 152064, vision_intermediate_size=3456),
 }
-
-
-@dataclass(frozen=True)
-class PackCost:
-    """Operations of one decoder layer: a token costs `per_token`, and `per_pair` for each slot of its pack.
-
-    Long completions make a pack wide, and attention over the pack then costs more than the prompt saves.
-    """
-
-    per_token: int  # 2 operations for each weight of the layer
-    per_pair: int  # 4 operations (scores and values) for each number of a token's queries
-
-    @classmethod
-    def of(cls, model: Architecture) -> PackCost:
-        return cls(2 * model.layer_parameters, 4 * model.hidden_size)
-
-    def rows_per_pack(self, prompt: int, completion: int, rows: int) -> int:
-        """How many of `rows` rows with a shared prompt go into a pack (lengths in tokens)."""
-
-        def operations(size: int) -> int:
-            width = prompt + size * (completion + 1)
-            return -(-rows // size) * width * (self.per_token + self.per_pair * width)
-
-        return min(range(1, rows + 1), key=operations)

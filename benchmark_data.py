@@ -161,19 +161,27 @@ def _jsonl_row(line: int, raw: bytes, base: str | Path, answer_key: str) -> Iter
     for number, entry in enumerate(entries):
         try:
             example = Example(line, number, str(image_path), str(entry["Q"]), str(entry[answer_key]))
-            answer = example.answer or example.response.strip()  # a set for evaluation may hold bare answers
             if "<answer>" not in example.response and "<think>" in example.response:
                 raise ValueError("there is no <answer> in it")
-            category = str(entry.get("category", row.get("category", "")))
-            boxes = example.boxes
+            question = question_of(example, base, str(entry.get("category", row.get("category", ""))))
         except (ValueError, TypeError, LookupError) as error:
             yield f"line {line}, QnA[{number}]: {type(error).__name__}: {error}"
             continue
+        yield question
 
-        def load(path: str = example.image_path) -> Image:
-            return load_image(path, base)
 
-        yield Question(example.name, example.question, (answer,), load, boxes, category, example.name)
+def question_of(example: Example, base: str | Path, category: str = "") -> Question:
+    """The question of an example of this project's JSONL.
+
+    Raises:
+        ValueError: for an annotation that cannot be read.
+    """
+    answer = example.answer or example.response.strip()  # a set for evaluation may hold bare answers
+
+    def load() -> Image:
+        return load_image(example.image_path, base)
+
+    return Question(example.name, example.question, (answer,), load, example.boxes, category, example.name)
 
 
 # ------------------------------------------------------------------------------------------------- V*Bench

@@ -187,13 +187,24 @@ class GRPOStageConfig(JudgeConfig, StageConfig):
     )
     vllm_patience: float = setting(300.0, "vllm_server: seconds to wait where it does not answer, then stop")
     max_batch_tokens: int = setting(0, "rollouts: bound of the KV cache, rows x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     reward_preset: Literal["balanced", "vlm_r3_paper", "vlm_r3_code", "deepeyes"] = setting(
         "balanced", "which reward (see rewards.py)"
     )
     global_reward_weight: float = setting(1.0, "balanced: weight of the global part (answer and format)")
     region_reward_weight: float = setting(1.0, "balanced: weight of the regional part (boxes and their use)")
+    watch_every: int = setting(
+        50, "steps between two measurements of the crop gain on fixed questions, also at both ends; 0: none"
+    )
+    watch_samples: int = setting(32, "so many fixed questions for it, drawn evenly from val_data, else from train_data")
+    keep_rollouts_every: int = setting(
+        50, "steps between two pages of rollouts in <output_dir>/rollouts, also of the first step; 0: none"
+    )
 
     def __post_init__(self) -> None:
+        JudgeConfig.__post_init__(self)
+        for name, bound in {"watch_every": 0, "watch_samples": 1, "keep_rollouts_every": 0}.items():
+            require(getattr(self, name) >= bound, f"{name} is {getattr(self, name)}, but it must be at least {bound}")
         require(
             not self.trl.get("use_vllm"),
             "use_vllm is TRL's own way to vLLM, which cannot insert crops: give rollout_backend=vllm instead",
@@ -231,6 +242,7 @@ class InferenceConfig:
     seed: int = setting(0, "the same seed samples the same tokens again")
     batch_size: int = setting(16, "questions answered side by side")
     max_batch_tokens: int = setting(0, "bound of the KV cache, questions side by side x tokens each; 0: none")
+    cuda_graphs: bool = setting(True, "on a GPU, record decode steps as CUDA graphs and replay them")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "auto: bfloat16 on a GPU that has it, else float32"
     )
@@ -289,6 +301,31 @@ class EvaluationConfig(JudgeConfig, InferenceConfig):
     def ablations(self) -> tuple[str, ...]:
         given = self.ablate_crops.split(",") if self.ablate_crops else []
         return tuple(dict.fromkeys(name.strip() for name in given))
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """How a data file of another format is read or written."""
+
+    image_folder: str = setting(
+        "data/images", "folder that image paths are relative to; images that come inside a file are written there"
+    )
+    answer_key: str = setting("A3", "jsonl: key of the annotated answer in each QnA entry")
+    columns: str | None = setting(
+        None, "hub: our names and the set's columns, as image=img,question=prompt,answer=solution,boxes=bbox"
+    )
+    split: str | None = setting(None, "hub: which split [train]")
+    subset: str | None = setting(None, "hub: which configuration of the set, where it has several")
+    box_form: Literal["xyxy", "xywh"] | None = setting(None, "hub: corners, or a corner with width and height [xyxy]")
+    box_frame: Literal["original", "qwen", "normalized_1", "normalized_1000"] | None = setting(
+        None,
+        "vlir, hub: frame of the boxes that are read; qwen: pixels of the image as Qwen2.5-VL's own processor sizes it "
+        "[vlir: qwen, hub: original]",
+    )
+    box_max_pixels: int = setting(1605632, "frame qwen: the processor's max_pixels")
+
+    def __post_init__(self) -> None:
+        require(self.box_max_pixels >= 3136, f"box_max_pixels is {self.box_max_pixels}, but it must be at least 3136")
 
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTStageConfig, "grpo": GRPOStageConfig}

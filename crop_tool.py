@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,6 +101,13 @@ class ToolCall:
     def is_executed(self) -> bool:
         """True where a crop was cut and shown to the model."""
         return self.outcome in ("exact", "clamped", "grown")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "box": self.box and self.box.as_list()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ToolCall:
+        return cls(**{**values, "box": Box(*values["box"]) if values["box"] else None})
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def sheet_html(
 ) -> str:
     """A self-contained page.
 
-    rows: those of `choose_rows`, with the columns of `data_utils.Checked`. faults: the reason of every entry of the
+    rows: those of `choose_rows`, with the columns of `data_check.Checked`. faults: the reason of every entry of the
         file. load: image path -> image in original pixels, ValueError where it cannot be read. frame: of the boxes.
     """
     script = SCRIPT.strip()

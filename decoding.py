@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from crop_tool import CALL_CLOSE
 from kv_cache import RaggedCache
 from rollouts import Response, SamplingParams
 from sampling import choose, draw_uniforms
+from step_graphs import Recorder, StepGraphs, cuda_recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,10 +62,16 @@ class Decoder:
     def __init__(self, base: PreTrainedModel, renderer: Renderer, suppressed: Sequence[int] = ()) -> None:
         """suppressed: ids that are never sampled."""
         self.base, self.renderer = base, renderer
+        self.cuda_graphs = False
         self.image_pad, self.call_close = renderer.ids[IMAGE_PAD], renderer.ids[CALL_CLOSE]
         self.suppressed = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
         self.suppressed[list(suppressed)] = True
         self._crop_positions: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+
+    def recorder(self) -> Recorder | None:
+        """What records decode steps, where that is wanted and the model is on one GPU."""
+        devices = set((getattr(self.base, "hf_device_map", None) or {}).values())
+        return cuda_recorder() if self.cuda_graphs and self.base.device.type == "cuda" and len(devices) < 2 else None
 
     def encode(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
         """The features of each shown image, (tokens, hidden)."""
@@ -176,6 +184,7 @@ class Batch:
         self.encoded: dict[int, tuple[Image.Image, torch.Tensor]] = {}  # by id; the image is held, so ids stay unique
         self.rows: list[Row] = []
         self.cache = RaggedCache(self.device)
+        self.graphs = StepGraphs(decoder.recorder())
         self.logits = torch.zeros(0, len(self.suppressed), device=self.device)  # (places, vocabulary)
 
     def run(self) -> None:
@@ -203,6 +212,7 @@ class Batch:
         if self.limits.max_batch_tokens:
             capacity = min(capacity, self.limits.max_batch_tokens // count)
         places = [self.rows.index(row) for row in keep]
+        self.graphs.clear()
         self.cache.resize(places, count, capacity)
         logits = self.logits.new_zeros((count, self.logits.shape[1]))
         logits[: len(places)] = self.logits[places]
@@ -334,13 +344,22 @@ class Batch:
         if not running:
             return
         table = [(row.ids[-1], row.length, row.position, row.runs) for row in self.rows]
-        ids, lengths, positions, counts = torch.tensor(table).to(self.device).unbind(1)
-        mask = self.cache.begin_chunk(None, lengths, counts, 1, max(row.length for row in running) + 1)
-        hidden = self.decoder.forward(self.cache, ids[:, None], [], positions[None, :, None].expand(3, -1, 1), mask)
-        self.logits = self.decoder.logits(hidden[:, -1])
+        read = self.cache.read_length(max(row.length for row in running) + 1)
+        step = partial(self._step, read=read)
+        self.logits = self.graphs.run(step, (len(self.rows), read), torch.tensor(table).to(self.device))
         for row in running:
             row.length += 1
             row.position += 1
+
+    def _step(self, table: torch.Tensor, read: int) -> torch.Tensor:
+        """Logits behind one more token a row; `table`: (rows, 4) its id, the row's length, its position, does it run.
+
+        It may be recorded: nothing but tensors may depend on the table, and no tensor may be read on the way.
+        """
+        ids, lengths, positions, counts = table.unbind(1)
+        mask = self.cache.begin_chunk(None, lengths, counts, 1, read)
+        hidden = self.decoder.forward(self.cache, ids[:, None], [], positions[None, :, None].expand(3, -1, 1), mask)
+        return self.decoder.logits(hidden[:, -1])
 
     def _feed_crops(self) -> None:
         """Show the waiting rows their crops, when it is time for them."""
@@ -367,7 +386,7 @@ class Batch:
             advances.append(advance)
         lengths = torch.tensor([row.length for row in rows])
         where, fed = torch.tensor(places, device=self.device), counts.to(self.device)
-        read = int((lengths + counts).max())
+        read = self.cache.read_length(int((lengths + counts).max()))
         mask = self.cache.begin_chunk(where, lengths.to(self.device), fed, ids.shape[1], read)
         hidden = self.decoder.forward(self.cache, ids, features, positions, mask)
         self.logits[where] = self.decoder.logits(hidden[torch.arange(len(rows), device=self.device), fed - 1])

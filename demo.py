@@ -65,6 +65,8 @@ class DemoPlan:
             "beta": 0.02,
             "max_completion_length": 64,
             "grpo_logging_steps": 5,
+            "watch_every": 60,
+            "keep_rollouts_every": 60,
             "gradient_checkpointing": "false",
         }
         return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]

@@ -99,7 +99,7 @@ def ask(
 
 def _parts(engine: CropEngine, items: list[tuple], samples: int, faults: list[str] | None) -> Iterator[list[tuple]]:
     """The items with their prompts, in parts that fit the engine and the memory."""
-    batch = engine.limits.batch_size
+    batch = engine.batch_size
     most = 1 if batch == 1 else max(1, ROUNDS * batch // samples)  # one by one, an answer's seconds are its latency
     part, pixels = [], 0
     for number, question, wanted in items:

@@ -18,6 +18,7 @@ from config import SettingsError
 from conversation import Prompt, Renderer, check_image_tokens
 from decoding import Batch, Decoder, Limits, Row, slots_needed
 from kv_cache import attention_over_slots
+from packed_linear import PackedLinears
 from rollouts import Rollout, RolloutWriter, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,16 +32,23 @@ class CropEngine:
     max_batch_tokens: bound of the KV cache in tokens, rows times the slots of each; 0: none. Where the rows outgrow it,
         the youngest go back to the queue, to be prefilled again later. A crop that would not fit a row that had the
         whole cache for itself is `over_limit`.
+    cuda_graphs: on a GPU, record decode steps and replay them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, renderer: Renderer, batch_size: int = 64, max_batch_tokens: int = 0
+        self,
+        model: PreTrainedModel,
+        renderer: Renderer,
+        batch_size: int = 64,
+        max_batch_tokens: int = 0,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model, self.renderer, self.tokenizer = model, renderer, renderer.tokenizer
-        self.limits = Limits(batch_size, max_batch_tokens)
+        self.batch_size, self.limits = batch_size, Limits(batch_size, max_batch_tokens)
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.writer = RolloutWriter(renderer, self.base.config, self.base.generation_config, self._fits)
         self.decoder = Decoder(self.base, renderer, self.writer.suppressed)
+        self.decoder.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(
@@ -81,12 +89,15 @@ class CropEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with attention_over_slots(self.base.model.language_model):
+            with attention_over_slots(self.base.model.language_model), self._packed(len(rows)).used():
                 take = partial(self.writer.take, sampling=sampling)
                 Batch(self.decoder, rows, sampling, take, self.limits, on_finish, keep_features).run()
         finally:
             self.model.train(was_training)
         return [self.writer.rollout(row, row.features) for row in rows]
+
+    def _packed(self, rows: int) -> PackedLinears:
+        return PackedLinears(self.base, min(rows, self.limits.batch_size))
 
     def _check_fits(self, prompt: Prompt, number: int, sampling: SamplingParams) -> None:
         needed = slots_needed(len(prompt.ids) + sampling.max_new_tokens)

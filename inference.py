@@ -98,9 +98,8 @@ def load_engine(config: InferenceConfig) -> CropEngine | VLLMEngine:
     from model_utils import load_for_inference
 
     loaded = load_for_inference(config)
-    return CropEngine(
-        loaded.model, Renderer(loaded.processor, loaded.contract), config.batch_size, config.max_batch_tokens
-    )
+    renderer = Renderer(loaded.processor, loaded.contract)
+    return CropEngine(loaded.model, renderer, config.batch_size, config.max_batch_tokens, config.cuda_graphs)
 
 
 class QwenVLInference:

@@ -13,7 +13,7 @@ from benchmark_data import Question
 from crop_tool import Box, CropContract, ToolCall, resolve_box
 from judge import Claim, Judge
 from response_format import ParsedResponse, parse_response
-from rewards import Reference, accuracy_reward, call_statistics, format_reward
+from rewards import CALL_FAULTS, Reference, accuracy_reward, call_statistics, format_reward
 
 RESAMPLES, LEVEL = 2000, 0.95
 AGREEING = 3  # so many people of TextVQA's ten make an answer fully right
@@ -48,14 +48,11 @@ class Answer:
         return parse_response(self.text, self.calls)
 
     def to_json(self) -> dict[str, Any]:
-        calls = [{**asdict(call), "box": call.box and call.box.as_list()} for call in self.calls]
-        return {**asdict(self), "calls": calls}
+        return {**asdict(self), "calls": [call.to_json() for call in self.calls]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Answer:
-        calls = tuple(
-            ToolCall(**{**call, "box": Box(*call["box"]) if call["box"] else None}) for call in values["calls"]
-        )
+        calls = tuple(ToolCall.from_json(call) for call in values["calls"])
         return cls(**{**values, "calls": calls, "image_size": tuple(values["image_size"])})
 
 
@@ -127,6 +124,31 @@ def _figures(question: Question, answer: Answer, reference: Reference) -> dict[s
         "crop_tokens": float(answer.crop_tokens),
         "cut_off": float(answer.finish_reason == "length"),
         "seconds": answer.seconds,
+    }
+
+
+# --------------------------------------------------------------------------------------------- rollouts
+
+
+def rollout_figures(pairs: Sequence[tuple[ParsedResponse, Reference]]) -> dict[str, float]:
+    """What training watches of its rollouts; what cannot be said of these is left out.
+
+    crops/invalid, repeated, whole_image, after_answer: shares of the calls. crops/per_rollout: crops shown.
+    crops/no_call: share of the rollouts without a call. crops/iou: matched IoU of those with annotated boxes.
+    answer/characters: mean length of the answers.
+    """
+    columns: dict[str, list[float]] = defaultdict(list)
+    for response, reference in pairs:
+        for name, value in call_statistics(response, reference).items():
+            columns[name].append(value)
+    calls = sum(columns["calls"])
+    figures = {f"crops/{name}": sum(columns[name]) / calls for name in CALL_FAULTS} if calls else {}
+    known = [value for value in columns["iou"] if not math.isnan(value)]
+    figures |= {"crops/iou": _mean(known)} if known else {}
+    return figures | {
+        "crops/per_rollout": _mean(columns["executed"]),
+        "crops/no_call": _mean(columns["no_call"]),
+        "answer/characters": _mean([len(response.answer_content) for response, _ in pairs]),
     }
 
 

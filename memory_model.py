@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from architecture import Architecture, PackCost
+from architecture import Architecture
 from config import TrainingSettings
 
 GIB = 2**30
@@ -135,7 +135,7 @@ def _buffer_bytes(model: Architecture, run: Run, trained: int) -> int:
 
 
 def layer_token_bytes(model: Architecture, run: Run, dropout: float, row: int) -> int:
-    """What the backward pass of one decoder layer needs of each token, in rows of `row` tokens (padded or packed)."""
+    """What the backward pass of one decoder layer needs of each token, in rows of `row` tokens."""
     hidden, mlp = model.hidden_size, model.intermediate_size
     compute, stream = run.compute_bytes, run.base_bytes
     trains_weights, is_cast = run.method == "full", run.compute_bytes < run.base_bytes or run.method != "full"
@@ -153,11 +153,17 @@ def layer_token_bytes(model: Architecture, run: Run, dropout: float, row: int) -
     return norms + inputs + ranks + attention + 3 * compute * mlp
 
 
-def update_bytes(model: Architecture, run: Run, dropout: float, rows: int, row: int, scored: int) -> dict[str, int]:
-    """Activations at the peak of one forward and backward pass of `rows` rows, `scored` tokens of them in the loss."""
-    tokens, stream, compute = rows * row, run.base_bytes, run.compute_bytes
+def update_bytes(
+    model: Architecture, run: Run, dropout: float, tokens: int, row: int, scored: int, repeated: int = 0
+) -> dict[str, int]:
+    """Activations at the peak of one forward and backward pass of `tokens` tokens, `scored` of them in the loss.
+
+    row: tokens of a row, which a token sees at most. repeated: tokens of prompts that are joined to each of their rows.
+    """
+    stream, compute = run.base_bytes, run.compute_bytes
     hidden, mlp = model.hidden_size, model.intermediate_size
-    layer = layer_token_bytes(model, run, dropout, row)
+    joined = 2 * compute * hidden * repeated  # their keys and values
+    layer = layer_token_bytes(model, run, dropout, row) + joined // tokens
     head_dim = hidden // model.num_attention_heads
     last_norm = (4 + stream * (run.method == "full")) * hidden
     kept = tokens * (2 * head_dim * stream + row + last_norm) + scored * hidden * stream
@@ -222,7 +228,7 @@ class Memory:
 def sft_memory(model: Architecture, run: Run) -> Memory:
     """The update of stage 1, on micro-batches of the longest rows."""
     scored = run.batch_size * run.answer_tokens
-    parts = update_bytes(model, run, run.lora_dropout, run.batch_size, run.sft_row, scored)
+    parts = update_bytes(model, run, run.lora_dropout, run.batch_size * run.sft_row, run.sft_row, scored)
     images = run.batch_size * (run.image_tokens + run.crops * run.crop_tokens)
     vision = vision_bytes(model, run, images)
     if run.freeze_vision:  # its pass is over before the language model's begins
@@ -233,13 +239,12 @@ def sft_memory(model: Architecture, run: Run) -> Memory:
 
 
 def update_memory(model: Architecture, run: Run) -> Memory:
-    """The update of stage 2: rollouts of one prompt in packs that share it (scoring.py)."""
-    completion = run.rollout_row - run.prompt_tokens
-    rows = min(run.batch_size, run.num_generations)
-    in_pack = PackCost.of(model).rows_per_pack(run.prompt_tokens, completion, rows)
-    packs, width = -(-run.batch_size // in_pack), run.prompt_tokens + in_pack * (completion + 1)
+    """The update of stage 2: rollouts behind the prompt that they share (scoring.py)."""
+    groups = -(-run.batch_size // run.num_generations)
+    completions = run.batch_size * (run.rollout_row - run.prompt_tokens + 1)
+    tokens, repeated = groups * run.prompt_tokens + completions, run.batch_size * run.prompt_tokens
     scored = run.batch_size * run.max_completion_length
-    parts = update_bytes(model, run, 0.0, packs, width, scored)
+    parts = update_bytes(model, run, 0.0, tokens, run.rollout_row, scored, repeated)
     if not run.freeze_vision:
         images = run.batch_size * (run.image_tokens + run.crops * run.crop_tokens)
         parts["vision"] = vision_bytes(model, run, images)

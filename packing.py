@@ -1,7 +1,8 @@
 """Padding-free batches: the rows of a batch one behind the other in one sequence, each attending to itself alone.
 
-No position is spent on padding, attention does no work above the diagonal, and the language-model head scores the
-labelled positions only. Equal to the padded batch up to rounding (tests/test_packing.py).
+No position is spent on padding, attention does no work for pairs that do not see each other, and in SFT the
+language-model head scores the labelled positions only. Rollouts may follow a prompt that they share (scoring.py).
+Equal to the padded batch up to rounding (tests/test_packing.py, tests/test_scoring.py).
 """
 
 from __future__ import annotations
@@ -25,21 +26,38 @@ def segmented_sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    segments: list[int] | None = None,
+    segments: list[tuple[int, list[torch.Tensor]]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment of so many tokens; without `segments` plain sdpa.
+    """Causal attention within each segment; without `segments` plain sdpa.
+
+    segments: of each its number of tokens, and the masks of the branches that follow it: (tokens of the branch, tokens
+    of the segment and the branch), True where a query sees a key. A branch sees its segment and itself.
 
     One mask over the whole sequence would cost the square of its length, and rule out the fastest kernels.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+    lengths = [length for segment, masks in segments for length in (segment, *map(len, masks))]
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = []
+    for _, masks in segments:
+        own_query, *seen = next(parts)
+        outputs.append(sdpa_attention_forward(module, own_query, *seen, None, **kwargs)[0])
+        for mask in masks:
+            own_query, *own = next(parts)
+            both = [torch.cat(states, dim=2) for states in zip(seen, own, strict=True)]
+            outputs.append(sdpa_attention_forward(module, own_query, *both, mask[None, None], **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(SEGMENTED_SDPA, segmented_sdpa)
 AttentionMaskInterface.register(SEGMENTED_SDPA, sdpa_mask)
+
+
+def accept_segments(model: PreTrainedModel) -> None:
+    """Let the language model of a Qwen2.5-VL that uses sdpa take `segments` as well."""
+    model.config.get_text_config()._attn_implementation = SEGMENTED_SDPA
 
 
 class Packer:
@@ -55,7 +73,7 @@ class Packer:
             raise SettingsError("padding_free was given, but the model uses sliding windows: leave --padding_free off")
         self.flash = text._attn_implementation.startswith("flash_attention")
         if not self.flash:
-            text._attn_implementation = SEGMENTED_SDPA
+            accept_segments(model)
         self.vlm.register_forward_hook(_keep_scored, with_kwargs=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -65,17 +83,17 @@ class Packer:
         positions, _ = self.vlm.get_rope_index(
             ids, batch.pop("mm_token_type_ids"), batch["image_grid_thw"], attention_mask=mask
         )  # (3, rows, seq)
-        kept, segments = mask.bool(), mask.sum(1).tolist()
+        kept, lengths = mask.bool(), mask.sum(1).tolist()
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)[kept]
         scored = (following != IGNORED).nonzero().flatten()
         if len(scored) == 0:  # the loss must hang on the model for its backward pass
             scored = scored.new_zeros(1)
         positions = positions[:, kept]
         if self.flash:  # finds the segments by where the text positions restart
-            text = torch.cat([torch.arange(length, device=ids.device) for length in segments])
+            text = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
             positions = torch.cat([text[None], positions])
         else:
-            batch["segments"] = segments
+            batch["segments"] = [(length, []) for length in lengths]
         return batch | {
             "input_ids": ids[kept][None],
             "position_ids": positions[:, None],

@@ -86,6 +86,7 @@ def run_trial(stage: str, limit: int, flags: list[str]) -> Trial:
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--output_dir", folder, "--max_steps", "2", "--save_strategy", "no", "--logging_steps", "1"]
         fixed += ["--resume", "false", "--disable_tqdm", "true"]
+        fixed += ["--watch_every", "0", "--keep_rollouts_every", "0"] if stage == "grpo" else []
         settings = parse_training([*flags, *fixed], "", (stage,))
         return _two_steps(stage, settings, limit, on_gpu)
 

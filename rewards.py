@@ -33,6 +33,7 @@ from response_format import ParsedResponse
 
 CORRECT_AT = 0.8  # where a paper says "the answer is right": exact kinds give 1 or 0, a slip of the pen is forgiven
 REPEATED_IOU, WHOLE_IMAGE_SHARE = 0.9, 0.9
+CALL_FAULTS = ("invalid", "repeated", "whole_image", "after_answer")  # of `call_statistics`, those to watch
 
 
 @dataclass(frozen=True)

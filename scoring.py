@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from architecture import PackCost
-
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
@@ -83,27 +81,27 @@ def _image_features(self: Any, pixel_values: torch.Tensor, image_grid_thw: torch
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows that share a prompt, written one after another behind it, a pack each.
+    """Rows of a batch in one sequence, those that share a prompt behind it.
 
-    A pack is `prompt without its last token, then for each of its rows: that last token, the completion`. A token
+    Each group is `prompt without its last token, then for each of its rows: that last token, the completion`. A token
     sees its own row and the prompt before it; positions are those it has in its own row.
 
-    input_ids, labels: (packs, width); labels are -100 but for tokens to score. position_ids: (3, packs, width).
-    attention_mask: (packs, 1, width, width), True where a query (second to last dim) sees a key.
-    images: the images that the packs need, as indices into the batch's.
-    source: (rows, completion) where each completion token lies in the flattened packs; `is_scored` says which count.
+    input_ids, labels: (1, tokens); labels are -100 but for tokens to score. position_ids: (3, 1, tokens).
+    segments: what a token sees (see packing.segmented_sdpa): a segment a prompt, a branch a row.
+    images: the images that the sequence needs, as indices into the batch's.
+    source: (rows, completion) where each completion token lies in the sequence; `is_scored` says which count.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    segments: list[tuple[int, list[torch.Tensor]]]
     images: list[int]
     source: torch.Tensor
     is_scored: torch.Tensor
 
     def unpack(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        """What the model says of each token but a pack's first (packs, width - 1) -> (rows, completion); else 0."""
+        """What the model says of each token but the first (1, tokens - 1) -> (rows, completion); else 0."""
         if values is None:
             return None
         every = torch.nn.functional.pad(values, (1, 0))
@@ -117,72 +115,66 @@ def pack_rows(
     completion: int,
     image_spans: Sequence[tuple[int, int, int]],
     unscored: torch.Tensor,
-    packs: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[int]],
 ) -> PackedRows:
-    """Write the rows of each pack, which share a prompt, behind it.
+    """Write the rows of each group, which share a prompt, behind it.
 
     ids, mask: (rows, seq): prompts left-padded, completions right-padded in the last `completion` columns.
     positions: M-RoPE positions (3, rows, seq).
     image_spans: of each row: its first image, the first behind those of its prompt, and the first behind its last.
     unscored: token ids that are never scored (image tokens, which no model samples).
-    packs: the rows of each pack (see `plan_packs`).
+    groups: the rows that share a prompt (see `group_rows`).
     """
     rows, seq = ids.shape
-    start = seq - completion
+    start, device = seq - completion, ids.device
     prompts, completions = mask[:, :start].sum(1).tolist(), mask[:, start:].sum(1).tolist()
-    columns: list[list[torch.Tensor]] = []  # per pack: of the prompt and of each row, places in the flattened rows
-    images: list[int] = []
-    for pack in packs:
-        first = pack[0]
-        own = [torch.arange(start - 1, start + completions[row]) + row * seq for row in pack]
-        columns.append([torch.arange(start - prompts[first], start - 1) + first * seq, *own])
-        images += range(image_spans[first][0], image_spans[first][1])
-        images += [image for row in pack for image in range(image_spans[row][1], image_spans[row][2])]
-    width = max(sum(map(len, parts)) for parts in columns)
-    column = torch.zeros(len(columns), width, dtype=torch.long)
-    segment = torch.full((len(columns), width), -1)  # 0: prompt, n: the n-th row of the pack, -1: padding
+    columns: list[torch.Tensor] = []  # places in the flattened rows
+    segments, images = [], []
     source = torch.zeros(rows, completion, dtype=torch.long)
-    for number, (pack, parts) in enumerate(zip(packs, columns, strict=True)):
-        at = 0
-        for place, part in enumerate(parts):
-            column[number, at : at + len(part)] = part
-            segment[number, at : at + len(part)] = place
-            if place:
-                source[pack[place - 1], : len(part) - 1] = number * width + torch.arange(at + 1, at + len(part))
-            at += len(part)
-    column, segment, source = (tensor.to(ids.device) for tensor in (column, segment, source))
+    at = 0
+    for group in groups:
+        first, shared = group[0], prompts[group[0]] - 1
+        columns.append(torch.arange(start - 1 - shared, start - 1) + first * seq)
+        at += shared
+        masks = []
+        for row in group:
+            length = completions[row] + 1
+            columns.append(torch.arange(start - 1, start - 1 + length) + row * seq)
+            source[row, : length - 1] = torch.arange(at + 1, at + length)
+            masks.append(torch.ones(length, shared + length, dtype=torch.bool, device=device).tril(shared))
+            at += length
+        segments.append((shared, masks))
+        images += range(image_spans[first][0], image_spans[first][1])
+        images += [image for row in group for image in range(image_spans[row][1], image_spans[row][2])]
+    column, source = torch.cat(columns).to(device), source.to(device)
     is_scored = mask[:, start:].bool() & ~torch.isin(ids[:, start:], unscored)
-    packed = ids.flatten()[column].masked_fill(segment < 0, 0)
+    packed = ids.flatten()[column]
     labels = torch.full_like(packed, -100)
-    labels.view(-1)[source[is_scored]] = ids[:, start:][is_scored]
-    query, key = segment[:, :, None], segment[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
+    labels[source[is_scored]] = ids[:, start:][is_scored]
     return PackedRows(
-        input_ids=packed,
-        labels=labels,
-        position_ids=positions.flatten(1)[:, column],
-        attention_mask=(causal & ((key == 0) | (key == query)))[:, None],
+        input_ids=packed[None],
+        labels=labels[None],
+        position_ids=positions.flatten(1)[:, None, column],
+        segments=segments,
         images=images,
         source=source,
         is_scored=is_scored,
     )
 
 
-def plan_packs(
+def group_rows(
     ids: torch.Tensor,
     mask: torch.Tensor,
     completion: int,
     image_spans: Sequence[tuple[int, int, int]],
     pixels: Sequence[torch.Tensor],
-    cost: PackCost,
 ) -> list[list[int]]:
-    """Rows with the same prompt, text and images, in order, as many in a pack as costs least.
+    """Rows with the same prompt, text and images, in order.
 
     Two pictures may well be asked the same question: then the token ids are equal, and the prompts are not.
     pixels: of each image, its pixel values or kept features.
     """
     starts, seq = (mask.shape[1] - completion - mask[:, :-completion].sum(1)).tolist(), mask.shape[1]
-    lengths = mask[:, -completion:].sum(1).tolist()
     groups: dict[tuple[int, ...], list[list[int]]] = defaultdict(list)
     for row, text in enumerate(ids[:, : seq - completion].tolist()):
         seen = [pixels[image] for image in range(*image_spans[row][:2])]
@@ -193,11 +185,7 @@ def plan_packs(
                 break
         else:
             groups[tuple(text[starts[row] :])].append([row])
-    packs = []
-    for group in (group for same_text in groups.values() for group in same_text):
-        size = cost.rows_per_pack(seq - completion - starts[group[0]], max(lengths[row] for row in group), len(group))
-        packs += [group[at : at + size] for at in range(0, len(group), size)]
-    return packs
+    return [group for same_text in groups.values() for group in same_text]
 
 
 def image_spans(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, SettingsError, is_main_process
 from conversation import IGNORED, EncodedExample, Example, Renderer, cut_to_length, load_image, model_inputs
-from data_utils import (
+from data_check import (
     MAX_LINE_BYTES,
     Checker,
     as_example,

@@ -143,6 +143,18 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 def _section(trace: Trace) -> dict[str, Any]:
     """What the template reads of a trace."""
+    width, height = trace.image.size
+    return {
+        **response_data(trace),
+        "picture": data_uri(trace.image),
+        # Small pictures are enlarged, tall ones kept from filling several screens.
+        "display_width": round(min(max(width, 360), 640, 640 * width / height)),
+        "boxes": [overlay(box, width, height) for box in trace.reference_boxes],
+    }
+
+
+def response_data(trace: Trace) -> dict[str, Any]:
+    """What the template reads of a trace but its picture: boxes of the calls, steps for `flow`, the answer."""
     response, (width, height) = trace.response, trace.image.size
     border = _reasoning_end(response)
     last = trace_steps(trace, border)
@@ -150,10 +162,6 @@ def _section(trace: Trace) -> dict[str, Any]:
     return {
         "trace": trace,
         "answer": response.answer_content,
-        "picture": data_uri(trace.image),
-        # Small pictures are enlarged, tall ones kept from filling several screens.
-        "display_width": round(min(max(width, 360), 640, 640 * width / height)),
-        "boxes": [overlay(box, width, height) for box in trace.reference_boxes],
         "calls": [
             overlay(call.box, width, height, number)
             for number, call in enumerate(response.tool_calls, start=1)
@@ -266,8 +274,7 @@ PICTURE = """
 {%- endmacro -%}
 """
 
-TEMPLATE = """
-{%- from "picture.html" import rect, numbered -%}
+FLOW = """
 {%- macro flow(steps) -%}
 <div class="flow">
 {%- for step in steps -%}
@@ -291,6 +298,11 @@ TEMPLATE = """
 {%- endfor -%}
 </div>
 {%- endmacro -%}
+"""
+
+TEMPLATE = """
+{%- from "picture.html" import rect, numbered -%}
+{%- from "flow.html" import flow -%}
 {%- if page -%}
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -329,9 +341,8 @@ def html_environment() -> Environment:
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=DictLoader({"picture.html": PICTURE, "trace.html": TEMPLATE})
-    )
+    files = {"picture.html": PICTURE, "flow.html": FLOW, "trace.html": TEMPLATE}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=DictLoader(files))
     environment.globals |= {"style": Markup(STYLE), "page_style": Markup(PAGE_STYLE)}
     return environment
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import parse_training
-from config import GRPOStageConfig, TrainingSettings, is_main_process
+from config import GRPOStageConfig, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,12 +74,13 @@ def build_trainer(
 ) -> CropGRPOTrainer:
     """The trainer of stage 2 on the prompts of `settings.data`; `parts` replaces the preset's reward."""
     from conversation import Renderer
-    from data_utils import load_examples
+    from data_check import load_examples
     from generation import SamplingParams
     from judge import Judge
     from model_utils import save_companions
     from rewards import reward_parts
     from trainers import CropGRPOTrainer
+    from watching import Alarms, CropGain, RolloutKeeper, fixed_questions
 
     config, data = settings.grpo, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
@@ -87,13 +88,14 @@ def build_trainer(
     examples = load_examples(data.train_data, data, renderer, bad_rows)
     if parts is None:
         parts = reward_parts(config.reward_preset, config.global_reward_weight, config.region_reward_weight)
-    return CropGRPOTrainer(
+    keep, start = config.keep_rollouts_every, config.sft_checkpoint or settings.model.model_name
+    trainer = CropGRPOTrainer(
         model=loaded.model,
         args=grpo_arguments(config, [part.weight for part in parts]),
         reward_funcs=as_reward_functions(parts),
         train_dataset=examples.with_transform(_with_prompt),
         processing_class=loaded.processor,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), Alarms()],
         companions=partial(save_companions, processor=loaded.processor, contract=loaded.contract, settings=settings),
         engine=build_engine(loaded, renderer, settings),
         sampling=SamplingParams(
@@ -105,7 +107,11 @@ def build_trainer(
         ),
         image_base=data.image_base_path,
         judge=Judge(config) if config.judge_url else None,
+        on_rollouts=RolloutKeeper(keep, data.image_base_path, start) if keep else None,
     )
+    if config.watch_every:
+        trainer.add_callback(CropGain(trainer, fixed_questions(config, data, examples), config.watch_every))
+    return trainer
 
 
 def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSettings) -> CropEngine | VLLMEngine:
@@ -117,7 +123,7 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
         return training_engine(loaded, renderer, config, config.sft_checkpoint or settings.model.model_name)
     from generation import CropEngine
 
-    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens)
+    return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens, config.cuda_graphs)
 
 
 def _with_prompt(columns: dict[str, list]) -> dict[str, list]:
@@ -134,8 +140,6 @@ def run_grpo(settings: TrainingSettings) -> Path:
     final = begin("stage 2: R-GRPO", settings, "grpo")
     if final is not None:
         return final
-    if settings.sft is None and settings.data.val_data is not None and is_main_process():
-        print("val_data is for SFT's validation loss; R-GRPO does not read it")
     start = config.sft_checkpoint or settings.model.model_name
     loaded = load_for_training(settings.model, settings.data, config, start)
     trainer = build_trainer(loaded, settings)

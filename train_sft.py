@@ -66,7 +66,7 @@ def build_trainer(
     from transformers import EarlyStoppingCallback
 
     from conversation import Renderer
-    from data_utils import load_examples
+    from data_check import load_examples
     from model_utils import save_companions
     from sft_data import ExampleEncoder, FaultLog, SFTCollator, load_training_rows
     from trainers import CropSFTTrainer

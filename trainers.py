@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +21,21 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from architecture import Architecture, PackCost
 from config import SettingsError
 from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
 from crop_tool import resolve_box
-from data_utils import as_example
+from data_check import as_example
 from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
-from packing import Packer
+from measures import rollout_figures
+from packing import Packer, accept_segments
 from patience import OutageError, shared_outage
 from response_format import parse_response
 from resuming import Resumable, Row
-from rewards import Reference, call_statistics
-from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
+from rewards import Reference
+from rollout_pages import ScoredRollout
+from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 from sft_data import FAULTS, ROWS, FaultLog, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
 from vllm_generation import VLLMEngine
@@ -161,6 +162,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
     vLLM's log-probs differ a little from the trainer's. TRL's own correction for that
     (`vllm_importance_sampling_correction`) works here as well, and TRL calls `sync_weights` before each rollout.
+
+    on_rollouts: called with this trainer, the steps that train on them, and the rollouts of this process.
     """
 
     def __init__(
@@ -170,11 +173,14 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         sampling: SamplingParams,
         image_base: str,
         judge: Judge | None = None,
+        on_rollouts: Callable[[CropGRPOTrainer, range, list[ScoredRollout]], None] | None = None,
         **kwargs: Any,
     ):
         self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
+        self.on_rollouts = on_rollouts
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
+        self._batch_references: list[Reference] = []
         self._batch_keys: list[Row] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
@@ -184,19 +190,23 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
                     "rollout_backend vllm takes whole weights from each process: use DDP or ZeRO-2, or leave it out"
                 )
         check_rollouts_possible(self)
+        if isinstance(engine, CropEngine) and (self.is_fsdp_enabled or zero_stage(self) == 3):
+            engine.decoder.cuda_graphs = False  # weights that are gathered for a rollout lie elsewhere each time
         if self.is_fsdp_enabled:
             gather_head_with_the_model(self.model)
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
         self.keeps_features = not any(value.requires_grad for value in base.model.visual.parameters())
-        # Only sdpa takes a mask of our own.
+        # Only sdpa takes masks of our own.
         self.shares_prompts = base.config.get_text_config()._attn_implementation == "sdpa"
         self._decoder = Decoder(base, engine.renderer)
-        self._pack_cost = PackCost.of(Architecture.from_config(base.config.to_dict()))
         self._image_processor = self.processing_class.image_processor
         for model in (base, self.ref_model):
             if model is not None:
-                accept_features(self.accelerator.unwrap_model(model))
+                model = self.accelerator.unwrap_model(model)
+                accept_features(model)
+                if self.shares_prompts:
+                    accept_segments(model)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         given = super()._get_train_sampler(dataset)
@@ -246,6 +256,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         # TRL drops the pixels of a whole batch, without a word, where one row's tokens and features differ.
         if "pixel_values" not in output:
             raise RuntimeError("TRL dropped the images of a batch: image tokens and features did not match")
+        if self.on_rollouts is not None and self.model.training:
+            self._hand_over(output["advantages"])
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -301,13 +313,13 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             chunk = slice(start, start + size)
             rows, mask, chunk_spans = input_ids[chunk], attention_mask[chunk], spans[chunk]
             positions = self._positions(rows, mask, image_grid_thw, chunk_spans)
-            packs = plan_packs(rows, mask, logits_to_keep, chunk_spans, pixels, self._pack_cost)
-            packed = pack_rows(rows, mask, positions, logits_to_keep, chunk_spans, unscored, packs)
+            groups = group_rows(rows, mask, logits_to_keep, chunk_spans, pixels)
+            packed = pack_rows(rows, mask, positions, logits_to_keep, chunk_spans, unscored, groups)
             with self.accelerator.autocast():
                 output = model(
                     input_ids=packed.input_ids,
-                    attention_mask=packed.attention_mask,
                     position_ids=packed.position_ids,
+                    segments=packed.segments,
                     pixel_values=torch.cat([pixels[image] for image in packed.images]),
                     image_grid_thw=image_grid_thw[packed.images],
                     labels=packed.labels,
@@ -354,6 +366,7 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             with shared_outage():
                 pairs = self._judged(pairs)
         self._batch_rollouts = [rollout for rollout, _ in pairs]
+        self._batch_references = [reference for _, reference in pairs]
         self._check(self._batch_rollouts)
         self._log_rollouts(pairs, time.perf_counter() - started)
         return {
@@ -399,20 +412,23 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
     def _log_rollouts(self, pairs: Sequence[tuple[Rollout, Reference]], seconds: float) -> None:
         """Figures of the rollouts; TRL averages them over processes and logging steps."""
-        totals: dict[str, list[float]] = defaultdict(list)
-        for rollout, reference in pairs:
-            response = parse_response(rollout.text, rollout.tool_calls)
-            for name, value in call_statistics(response, reference).items():
-                totals[name].append(value)
-        calls = sum(totals["calls"])
-        if calls:  # a process without calls has no share to report
-            for name in ("invalid", "repeated", "whole_image", "after_answer"):
-                self._log_metric(f"crops/{name}", sum(totals[name]) / calls)
-        self._log_metric("crops/per_rollout", sum(totals["executed"]) / len(pairs))
-        self._log_metric("crops/no_call", sum(totals["no_call"]) / len(pairs))
-        known = [value for value in totals["iou"] if value == value]  # nan: no annotated box
-        if known:
-            self._log_metric("crops/iou", sum(known) / len(known))
+        parsed = [(parse_response(rollout.text, rollout.tool_calls), reference) for rollout, reference in pairs]
         sampled = sum(sum(rollout.sampled_mask) for rollout, _ in pairs)
-        self._log_metric("rollout/tokens_per_second", sampled / seconds)
-        self._log_metric("rollout/seconds", seconds)
+        figures = {"rollout/tokens_per_second": sampled / seconds, "rollout/seconds": seconds}
+        for name, value in (rollout_figures(parsed) | figures).items():
+            self._log_metric(name, value)
+
+    def _hand_over(self, advantages: torch.Tensor) -> None:
+        """Give `on_rollouts` the rollouts of this process, what they earned, and the steps that train on them."""
+        micro_batches = self.args.steps_per_generation * self.num_iterations
+        first = self.state.global_step + 1
+        steps = range(first, first + max(1, micro_batches // self.args.gradient_accumulation_steps))
+        begin = self.args.process_index * len(self._batch_rows)  # TRL's logs hold the rows of all processes
+        scored = []
+        for place, row in enumerate(self._batch_rows):
+            parts = {name: self._logs["rewards"][name][begin + place] for name in self.reward_func_names}
+            weighted = zip(self.reward_weights.tolist(), parts.values(), strict=True)
+            reward = sum(weight * value for weight, value in weighted if value == value)  # nan: not scored
+            pair = self._batch_references[place], self._batch_rollouts[place]
+            scored.append(ScoredRollout(as_example(row), *pair, parts, reward, advantages[place].item()))
+        self.on_rollouts(self, steps, scored)

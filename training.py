@@ -28,6 +28,7 @@ from model_utils import LoadedModel, save_final_model
 from resuming import StopOnSignal
 from sharding import zero_stage
 from traces import write_whole
+from trackers import check_trackers
 from visualize import plot_training_curves
 
 # transformers 5.23 renames the field; the new name does not exist in 5.17, on which this also runs.
@@ -73,6 +74,7 @@ class Throughput(TrainerCallback):
         self.seconds, self.since = self.seconds + now - self.since, now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.seconds -= logs.get("watch/seconds", 0.0)  # the fixed questions of R-GRPO are no training
         tokens = logs.get("num_tokens")  # TRL's count since the start; absent after an evaluation
         if tokens is None:
             return
@@ -99,6 +101,7 @@ FREE_SETTINGS = {"num_train_epochs", "logging_steps", "save_total_limit", "eval_
     *("judge_url", "vllm_server", "vllm_sync_dir"),  # a server that died may come back elsewhere
 }
 FREE_SETTINGS |= {"early_stopping_patience", "max_steps", "disable_tqdm", "report_to"}
+FREE_SETTINGS |= {"watch_every", "watch_samples", "keep_rollouts_every"}
 
 
 def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
@@ -107,6 +110,9 @@ def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
     if is_main_process():
         print(f"\n=== {title} ===", flush=True)
     _check_precision(config)
+    for later in (settings.sft, settings.grpo):
+        if later is not None:
+            check_trackers(later.trl.get("report_to"))
     log = Path(config.output_dir, LOG_FILE)
     final = Path(config.output_dir, "final_model")
     if not (config.resume and log.is_file() and final.is_dir()):

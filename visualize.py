@@ -21,7 +21,8 @@ from crop_tool import (
     resolve_box,
     show_image,
 )
-from traces import write_whole
+from rewards import CALL_FAULTS
+from traces import Trace, call_color, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # ----------------------------------------------------------------------------------------------- curves
 
-CALL_FAULTS = ("invalid", "repeated", "whole_image", "after_answer")
 # (title, axis label, names of the metrics); a metric is drawn in the first panel that names it.
 Panel = tuple[str, str, tuple[str, ...]]
 PANELS: dict[str, tuple[Panel, ...]] = {
@@ -45,12 +45,16 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ("Parts of the reward", "mean over rollouts", ("rewards/*/mean",)),
         ("Distance to the SFT model", "KL", ("kl",)),
         ("Entropy", "nats a token", ("entropy",)),
+        ("Crop gain on the fixed questions", "accuracy", ("watch/crop_gain*",)),
+        ("Accuracy on the fixed questions", "accuracy", ("watch/accuracy*",)),
+        ("Groups without variance", "share of groups", ("frac_reward_zero_std",)),
         ("Crops per rollout", "crops", ("crops/per_rollout",)),
         ("Calls gone wrong", "share of calls", tuple(f"crops/{fault}" for fault in CALL_FAULTS)),
         ("Rollouts without a call", "share of rollouts", ("crops/no_call",)),
         ("Overlap with annotations", "IoU", ("crops/iou*",)),
         ("Other crop metrics", "", ("crops/*",)),
         ("Completion length", "tokens", ("completions/mean_length",)),
+        ("Answer length", "characters", ("answer/characters",)),
         ("Rollout speed", "sampled tokens a second", ("rollout/tokens_per_second",)),
     ),
 }
@@ -149,6 +153,50 @@ def _save_png(figure: Figure, path: str | Path, dpi: int = 110) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     write_whole(path, buffer.getvalue())
+
+
+# ------------------------------------------------------------------------------------- one answer as a picture
+
+
+def draw_answer(trace: Trace, height: int = 384) -> Image:
+    """One picture of an answer, for where a page cannot be shown: the image with the numbered boxes of its calls, the
+    annotated ones in white, and beside it each crop as the model saw it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, gap = ImageFont.load_default(size=18), 8
+
+    def scale_of(image: Image.Image) -> float:
+        return min(height / image.height, 4 * height / image.width)  # a crop may be a strip
+
+    def scaled(image: Image.Image) -> Image.Image:
+        scale = scale_of(image)
+        return image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+
+    main, scale = scaled(trace.image), scale_of(trace.image)
+    draw = ImageDraw.Draw(main)
+    calls = [(number, call) for number, call in enumerate(trace.response.tool_calls, start=1) if call.box is not None]
+    boxes = [(box, "white", "") for box in trace.reference_boxes]
+    for box, color, number in boxes + [(call.box, call_color(number), str(number)) for number, call in calls]:
+        left, top, right, bottom = (value * scale for value in box.as_list())
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="black", width=1)
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=color, width=3)
+        if number:
+            draw.rectangle((left, top, left + 10 + 10 * len(number), top + 22), fill=color)
+            draw.text((left + 5, top + 1), number, fill="white", font=font)
+    pieces = [main]
+    for number, crop in enumerate(trace.crops, start=1):
+        if crop is not None:
+            piece = scaled(crop)
+            ImageDraw.Draw(piece).rectangle(
+                (0, 0, piece.width - 1, piece.height - 1), outline=call_color(number), width=4
+            )
+            pieces.append(piece)
+    sheet = Image.new("RGB", (sum(piece.width + gap for piece in pieces) - gap, height), "white")
+    left = 0
+    for piece in pieces:
+        sheet.paste(piece, (left, 0))
+        left += piece.width + gap
+    return sheet
 
 
 # ------------------------------------------------------------------------------------- the README's figure

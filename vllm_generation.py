@@ -31,9 +31,10 @@ FORBIDDEN = -1e9  # added to the logit of a token that must never be sampled; JS
 
 
 class Backend(Protocol):
-    """Where vLLM runs. max_length: tokens, image tokens included, that a sequence may have. is_shared: whether all
-    processes use the same one."""
+    """Where vLLM runs. rows: responses side by side. max_length: tokens, image tokens included, that a sequence may
+    have. is_shared: whether all processes use the same one."""
 
+    rows: int
     max_length: int
     is_shared: bool
 
@@ -60,6 +61,10 @@ class VLLMEngine:
     ) -> None:
         self.backend, self.renderer, self.model = backend, renderer, model
         self.writer = RolloutWriter(renderer, config, generation_config, lambda tokens: tokens <= backend.max_length)
+
+    @property
+    def batch_size(self) -> int:
+        return self.backend.rows
 
     def sync_weights(self) -> None:
         """Bring the model's present weights to vLLM; to be called on every process. TRL does before each rollout."""
@@ -258,6 +263,7 @@ class LocalVLLM:
         vllm = import_vllm()
         import torch
 
+        self.rows = rows
         on_gpu = torch.cuda.is_available()
         on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
         self.sampling_params = vllm.SamplingParams

@@ -56,6 +56,7 @@ def build_trainer(folder: Path, kind: type[CropGRPOTrainer], args: Any) -> CropG
         "output_dir": f"{folder}/out", "max_steps": 1, "batch_size": args.group, "num_generations": args.group,
         "gradient_accumulation_steps": 1, "max_completion_length": args.tokens, "max_length": 8192, "beta": 0.02,
         "gradient_checkpointing": str(on_gpu).lower(), "resume": "false", "disable_tqdm": True,
+        "watch_every": 0, "keep_rollouts_every": 0,
         **({"use_lora": "true", "bf16": "true"} if on_gpu else {"use_cpu": True}),
     }  # fmt: skip
     settings = resolve_training(flags, ("grpo",))

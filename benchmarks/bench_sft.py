@@ -28,7 +28,7 @@ from PIL import Image
 from command_line import resolve_training
 from conversation import IGNORED, Renderer, load_image
 from crop_tool import split_annotations
-from data_utils import as_example
+from data_check import as_example
 from model_utils import LoadedModel, lora_config
 from sft_data import ExampleEncoder
 from training import peak_memory
@@ -105,7 +105,7 @@ def trl_rows(renderer: Renderer, folder: Path, settings: Any) -> Any:
     """The same conversations as TRL wants them: messages with places for images, and the images as files."""
     import datasets
 
-    from data_utils import load_examples
+    from data_check import load_examples
 
     encoder, rows = ExampleEncoder(renderer, settings.data), []
     for number, row in enumerate(load_examples(settings.data.train_data, settings.data, renderer, f"{folder}/bad")):
@@ -187,7 +187,7 @@ def floor_samples(folder: Path, options: argparse.Namespace) -> float:
     model = common.build_model(options.shape, renderer, options.device)
     settings = settings_for(folder, options)
     encoder = ExampleEncoder(renderer, settings.data)
-    from data_utils import load_examples
+    from data_check import load_examples
 
     rows = load_examples(settings.data.train_data, settings.data, renderer, f"{folder}/bad")
     encoded = [encoder(as_example(row)) for row in rows]

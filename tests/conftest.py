@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 _datasets_cache = tempfile.TemporaryDirectory(prefix="datasets-", ignore_cleanup_errors=True)
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
+os.environ["TRACKIO_DIR"] = os.path.join(_datasets_cache.name, "trackio")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if 'if __name__ == "__m
 BOTH_STAGES = ["--model_name", "--train_data", "--learning_rate", "--num_epochs", "--use_lora", "--max_length"]
 MAIN_FLAGS = {
     "configure_training.py": ["--dataset_size", "--gpu_memory", "--show_command"],
+    "convert_data.py": ["--from", "--to", "--image_folder", "--columns", "--split", "--box_frame"],
     "data_utils.py": [
         "--check",
         "--image_base_path",

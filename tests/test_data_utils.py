@@ -21,7 +21,7 @@ import sft_data
 from config import DataConfig, SettingsError
 from conversation import IGNORED, EncodedExample, Example, Renderer, cut_to_length, load_image, model_inputs
 from crop_tool import CropContract, image_token_count
-from data_utils import Checker, as_example, byte_ranges, check_file, load_examples
+from data_check import Checker, as_example, byte_ranges, check_file, load_examples
 from sft_data import ExampleEncoder, SFTCollator
 
 SOUND = "<think>\nIt is there {Crop it [10, 10, 90, 80]}\n</think>\n\n<answer>yes</answer>"
@@ -353,7 +353,8 @@ LONG_LINE = """
 import os, resource, sys
 from config import DataConfig
 from conversation import Renderer
-from data_utils import check_file, main
+from data_check import check_file
+from data_utils import main
 from model_utils import load_processor
 from sft_data import index_examples
 base, images, *files = sys.argv[1:]

@@ -22,6 +22,7 @@ from two_processes import Group
 
 from config import InferenceConfig, SettingsError
 from model_utils import load_for_inference
+from rollout_pages import read_rollouts
 from sharding import check_rollouts_possible
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,9 @@ def ddp(base_folder, data_folder, tmp_path_factory):
 def fsdp(base_folder, data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     environment = launcher_environment(ROOT / "configs/accelerate/fsdp2.yaml", "--mixed_precision", "no")
-    return folder, run_scenarios(base_folder, data_folder, folder, ["sft", "grpo", "lora", "resume"], **environment)
+    return folder, run_scenarios(
+        base_folder, data_folder, folder, ["sft", "grpo", "lora", "resume", "group"], **environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,8 @@ def test_both_stages_run_on_two_processes_and_only_the_first_speaks(base_folder,
         load_for_inference(InferenceConfig(str(tmp_path / stage / "final_model")))
         left = {path.name for path in (tmp_path / stage).iterdir()}
         assert left - {"README.md"} == {
-            *("final_model", "training_log.json", "training_curves.png", "checkpoint-1", "checkpoint-2")
+            *("final_model", "training_log.json", "training_curves.png", "checkpoint-1", "checkpoint-2"),
+            *(("rollouts",) if stage == "grpo" else ()),
         }
         assert (tmp_path / stage / "checkpoint-2/crop_contract.json").is_file()
 
@@ -148,6 +152,16 @@ def test_rollouts_of_one_prompt_differ_between_processes(ddp):
     first, second = ddp[1]["group"]
     assert first["rows"] == second["rows"]
     assert len({*first["texts"], *second["texts"]}) == 8
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_fixed_questions_are_shared_out_and_one_process_keeps_its_rollouts(kind, request):
+    folder, results = request.getfixturevalue(kind)
+    first, second = results["group"]
+    assert first["watched"] == second["watched"]
+    assert [(item["step"], item["watch/questions"]) for item in first["watched"]] == [(0, 3), (1, 3)]
+    _, rows = read_rollouts(folder / "group/rollouts/step_000001.jsonl")
+    assert [row["text"] for row in rows] == first["texts"]
 
 
 def test_every_row_is_seen_in_every_epoch(ddp, data_folder):

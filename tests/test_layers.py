@@ -8,20 +8,28 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("config", "crop_tool", "demo_world", "model_card"), 0),
-    **dict.fromkeys(("response_format", "model_utils", "answer_rules", "command_line", "demo_model", "box_frames"), 1),
-    **dict.fromkeys(("architecture", "patience"), 1),
-    **dict.fromkeys(("conversation", "rewards", "traces", "judge", "memory_model", "checkpoints"), 2),
-    **dict.fromkeys(("data_sheet", "token_view", "visualize", "vllm_server", "rollouts", "benchmark_data"), 3),
-    **dict.fromkeys(("data_utils", "kv_cache", "sampling", "sharding", "packing", "vllm_generation", "measures"), 4),
-    **dict.fromkeys(("decoding", "sft_data"), 5),
-    "generation": 6,
-    **dict.fromkeys(("scoring", "resuming"), 7),
-    **dict.fromkeys(("trainers", "training", "inference"), 8),
-    **dict.fromkeys(("train_sft", "train_grpo", "evaluate"), 9),
-    **dict.fromkeys(("demo", "probe"), 10),
-    "train_qwenvl_25": 11,  # --demo opens demo.py
-    **dict.fromkeys(("configure_training", "example_usage"), 12),
+    name: floor
+    for floor, names in enumerate(
+        (
+            "config crop_tool demo_world model_card",
+            "response_format model_utils answer_rules architecture box_frames command_line demo_model patience",
+            "conversation rewards traces judge memory_model checkpoints",
+            "data_check data_sheet token_view visualize rollouts benchmark_data format_parts vllm_server",
+            "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs "
+            "packed_linear rollout_pages",
+            "decoding sft_data trackers",
+            "generation",
+            "scoring resuming",
+            "trainers training inference",
+            "train_sft evaluate convert_data",
+            "watching",
+            "train_grpo",
+            "demo probe",
+            "train_qwenvl_25",  # --demo opens demo.py
+            "configure_training example_usage",
+        )
+    )
+    for name in names.split()
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "datasets", "accelerate"}
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -16,7 +16,18 @@ from benchmark_data import Question
 from config import JudgeConfig
 from crop_tool import Box, CropContract, ToolCall
 from judge import Judge
-from measures import Answer, agreement, as_text, by_category, crop_gain, interval, measure, summarize
+from measures import (
+    Answer,
+    agreement,
+    as_text,
+    by_category,
+    crop_gain,
+    interval,
+    measure,
+    rollout_figures,
+    summarize,
+)
+from rewards import Reference
 
 CONTRACT = CropContract()
 
@@ -163,3 +174,30 @@ def test_the_paired_interval_is_narrower_than_the_two_apart():
 
 def test_columns_are_aligned():
     assert as_text([["a", "long"], ["longer", "1"]]) == "a       long\nlonger     1"
+
+
+def test_figures_of_rollouts_are_shares_of_calls_and_means_of_rollouts():
+    """Six calls of three rollouts, counted by hand."""
+    reference = Reference("cat", (Box(0, 0, 100, 100),), (400, 300))
+    whole, small = Box(0, 0, 400, 300), Box(0, 0, 100, 100)
+    looked = answer("a", "cat", (call(box=small), call(box=small), call(box=whole)))
+    failed = answer("b", "a long answer", (call("malformed"), call("inverted"), call("over_limit", small)))
+    silent = answer("c", "")
+    pairs = [(item.response, reference) for item in (looked, failed, silent)]
+    assert rollout_figures(pairs) == pytest.approx(
+        {
+            "crops/invalid": 2 / 6,
+            "crops/repeated": 1 / 6,
+            "crops/whole_image": 1 / 6,
+            "crops/after_answer": 0.0,
+            "crops/per_rollout": 3 / 3,
+            "crops/no_call": 1 / 3,
+            "crops/iou": (1.0 + 0.0 + 0.0) / 3,
+            "answer/characters": (3 + 13 + 0) / 3,
+        }
+    )
+
+
+def test_rollouts_without_calls_or_annotations_have_no_share_of_them():
+    pairs = [(answer("c", "cat").response, Reference("cat", (), (400, 300)))]
+    assert rollout_figures(pairs) == {"crops/per_rollout": 0.0, "crops/no_call": 1.0, "answer/characters": 3.0}

@@ -75,7 +75,7 @@ def _holds(shape: str, run: Run, tokens: int, monkeypatch, fake: bool) -> None:
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     model, measured = measure(shape, run, tokens, fake)
     state = state_bytes(model, run)
-    update = update_bytes(model, run, 0.0, run.batch_size, tokens, run.batch_size * tokens)
+    update = update_bytes(model, run, 0.0, run.batch_size * tokens, tokens, run.batch_size * tokens)
     steady = sum(value for part, value in state.items() if part != "gradients")
     assert steady == pytest.approx(measured["between steps"], rel=0.02)
     assert sum(state.values()) + sum(update.values()) == pytest.approx(measured["peak"], rel=0.15)

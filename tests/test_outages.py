@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import random
+import re
 import shutil
 import threading
 import zlib
@@ -26,6 +27,7 @@ from crop_tool import CALL_CLOSE
 from patience import OutageError, Patience
 from rewards import reward_parts
 from training import exit_with_message, train
+from watching import CropGain
 
 WORDS = ("sloping", "the red square", "horizontal", "stripes", "a circle")
 
@@ -134,7 +136,7 @@ def run(base_folder, data_folder, tmp_path, serve, renderer):
     """Train in the folder `name` against two servers of words; returns the trainer and the servers."""
 
     def start(name: str, flags: dict, judge: dict | None = None, model: dict | None = None, waits: float = 60):
-        servers = WordJudge(serve, **judge or {}), WordModel(serve, renderer, **model or {})
+        servers = start.servers = WordJudge(serve, **judge or {}), WordModel(serve, renderer, **model or {})
         flags = {
             **flags,
             "save_steps": 100,
@@ -185,6 +187,32 @@ def test_an_outage_in_rgrpo_is_waited_out_or_leaves_a_checkpoint_that_goes_on_ex
         raise stopped.value
     assert ended.value.code == 1 and str(kept) in capsys.readouterr().err
     resumed, _ = run("cut", flags)
+    assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(("which", "step"), [(0, 2), (1, 2), (0, 5), (1, 5)])
+def test_an_outage_while_the_crop_gain_is_measured_stops_before_a_step_and_not_after_the_last(
+    run, tmp_path, monkeypatch, capsys, which, step
+):
+    flags = {**HALF, "watch_every": 2, "watch_samples": 3}
+    measure = CropGain.measure
+
+    def dying(callback):
+        server = run.servers[which].server
+        if callback.trainer.state.global_step == step and server.fileno() != -1:
+            server.die()
+        measure(callback)
+
+    monkeypatch.setattr(CropGain, "measure", dying)
+    if step == 5:
+        trainer, _ = run("cut", flags, waits=0.2)
+        assert trainer.state.global_step == 5
+        assert re.search(r"the crop gain at the end was not measured: the .* gave no answer", capsys.readouterr().out)
+        return
+    with pytest.raises(StoppedError, match=r"Stopped before step 3; .*checkpoint-2 is saved"):
+        run("cut", flags, waits=0.2)
+    monkeypatch.undo()
+    whole, resumed = (run(name, flags)[0] for name in ("whole", "cut"))
     assert_same_run(whole, resumed)
 
 

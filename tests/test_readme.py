@@ -12,10 +12,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from torch.distributed.run import get_args_parser
 
 import configure_training
+import convert_data
 import data_utils
 import evaluate
 import inference
 import model_utils
+import rollout_pages
 from command_line import parse_training
 from config import EvaluationConfig, build
 
@@ -57,6 +59,7 @@ def test_readme_has_commands_for_every_door():
         "inference.py",
         "evaluate.py",
         "configure_training.py",
+        "convert_data.py",
         "data_utils.py",
         "model_utils.py",
     }
@@ -75,6 +78,8 @@ def test_command_parses_as_written(command, project, capsys):
     elif script == "evaluate.py":
         config = build(EvaluationConfig, vars(evaluate._parser().parse_args(flags)))
         assert config.model_path.startswith("outputs/")
+    elif script == "rollout_pages.py":
+        assert rollout_pages.build_parser().parse_args(flags).file.endswith("step_000050.jsonl")
     elif script == "model_utils.py":
         assert model_utils.merge_parser().parse_args(flags).merge == "outputs/grpo/final_model"
     elif script == "configure_training.py" and "--probe" in flags:
@@ -85,6 +90,10 @@ def test_command_parses_as_written(command, project, capsys):
         shown = [line for line in README.splitlines() if " of 32: weights" in line]
         expected = ["train_qwenvl_25.py"] if "--show_command" in flags else shown
         assert expected and all(line in out for line in expected)
+    elif script == "convert_data.py":
+        source, target, config = convert_data.read_flags(vars(convert_data._parser().parse_args(flags)))
+        convert_data.check_target(source, target)
+        assert config.image_folder == "data/images"
     elif script == "data_utils.py":
         assert data_utils.main(flags) == 1, "the row of the test's file is faulty"
     else:

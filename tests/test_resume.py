@@ -34,7 +34,7 @@ from training import exit_with_message, find_checkpoint, finish, train
 ROOT = Path(__file__).parent.parent
 # What a clock or the machine says, not the run.
 TIMED = {"tokens_per_second", "peak_memory_gib", "step_time", "rollout/seconds", "rollout/tokens_per_second"}
-TIMED |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+TIMED |= {"watch/seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 
 class Killed(Exception):
@@ -108,6 +108,10 @@ CASES = {
     "grpo-cycle": ("grpo", {**SCHEDULE, "max_steps": 7, "gradient_accumulation_steps": 1, "steps_per_generation": 2,
                             "num_iterations": 2, "save_steps": 1, "logging_steps": 3, "beta": 0.1,
                             "log_completions": "true"}, 5),
+    # As that, under watch: measured at the step of the last checkpoint, which was saved before that.
+    "grpo-watched": ("grpo", {"max_steps": 7, "gradient_accumulation_steps": 1, "steps_per_generation": 2,
+                              "num_iterations": 2, "save_steps": 1, "logging_steps": 3, "beta": 0, "watch_every": 2,
+                              "watch_samples": 5, "keep_rollouts_every": 2}, 4),
     # In the second epoch, whose order must not be that of the first: 4 prompts an epoch are drawn in 2 steps.
     "grpo-epochs": ("grpo", {**LORA, "max_steps": 5, "save_steps": 1, "logging_steps": 1, "first_rows": 4}, 3),
 }  # fmt: skip
@@ -137,6 +141,12 @@ def test_an_interrupted_run_is_the_run_that_was_not_interrupted(base_folder, dat
     whole = run(stage, base_folder, data_folder, tmp_path / "whole", flags)
     run(stage, base_folder, data_folder, tmp_path / "cut", flags, kill_at)
     assert_same_run(whole, run(stage, base_folder, data_folder, tmp_path / "cut", flags))
+    if "keep_rollouts_every" in flags:
+        steps = [item["step"] for item in whole.state.log_history if "watch/crop_gain" in item]
+        assert steps == [0, 2, 4, 6, 7]
+        pages = {path.name: path.read_bytes() for path in (tmp_path / "whole/rollouts").iterdir()}
+        assert pages == {path.name: path.read_bytes() for path in (tmp_path / "cut/rollouts").iterdir()}
+        assert sorted(name for name in pages if "html" in name) == ["step_000001.html", "step_000006.html"]
 
 
 def in_a_process(plan: dict, folder: Path) -> int:

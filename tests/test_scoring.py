@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from trl.trainer.utils import add_fused_lm_head
 
-from architecture import Architecture, PackCost
 from conversation import IMAGE_PAD, IMAGE_TOKENS
 from generation import CropEngine, SamplingParams
-from scoring import KeptFeatures, accept_features, image_spans, kept_features, pack_rows, plan_packs
+from packing import accept_segments
+from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 
 SIZES = [(448, 448), (600, 300)]
 CALL = "<tool_call>[{x}, 3, 40, {y}]</tool_call>"
@@ -51,8 +51,9 @@ def tokens_of(grids: torch.Tensor) -> list[int]:
     return (grids.prod(-1) // 4).tolist()
 
 
-def packed_scores(model, renderer, batch, rows_per_pack, pixels=None):
-    """Log-probs and entropies (rows, completion) by way of packs of `rows_per_pack` rows."""
+def packed_scores(model, renderer, batch, most_rows=9, pixels=None):
+    """Log-probs and entropies (rows, completion) by way of groups of at most `most_rows` rows behind a prompt."""
+    accept_segments(model)
     rollouts, ids, mask, completion = batch
     pixels = pixels or pixels_of(renderer, [image for rollout in rollouts for image in rollout.images])
     pad, grids = renderer.ids[IMAGE_PAD], pixels["image_grid_thw"]
@@ -63,28 +64,19 @@ def packed_scores(model, renderer, batch, rows_per_pack, pixels=None):
     )
     unscored = torch.tensor([renderer.ids[token] for token in IMAGE_TOKENS])
     patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
-    packs = plan_packs(ids, mask, completion, spans, patches, FixedSize(rows_per_pack))
-    packed = pack_rows(ids, mask, positions, completion, spans, unscored, packs)
+    groups = group_rows(ids, mask, completion, spans, patches)
+    groups = [group[at : at + most_rows] for group in groups for at in range(0, len(group), most_rows)]
+    packed = pack_rows(ids, mask, positions, completion, spans, unscored, groups)
     output = model(
         input_ids=packed.input_ids,
-        attention_mask=packed.attention_mask,
         position_ids=packed.position_ids,
+        segments=packed.segments,
         pixel_values=torch.cat([patches[image] for image in packed.images]),
         image_grid_thw=grids[packed.images],
         labels=packed.labels,
         fused_lm_head=True,
     )
     return packed, packed.unpack(output.log_probs), packed.unpack(output.entropy)
-
-
-class FixedSize:
-    """In place of `PackCost`: packs of this many rows."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def rows_per_pack(self, prompt: int, completion: int, rows: int) -> int:
-        return min(self.size, rows)
 
 
 def plain_scores(model, renderer, rollout):
@@ -98,11 +90,14 @@ def plain_scores(model, renderer, rollout):
     return logprobs.gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
-@pytest.mark.parametrize("rows_per_pack", [1, 2, 3, 8])
-def test_packs_score_each_token_as_a_plain_forward_of_its_row(trainable_model, renderer, batch, rows_per_pack):
+@pytest.mark.parametrize("most_rows", [1, 2, 9])
+def test_a_shared_prompt_scores_each_token_as_a_plain_forward_of_its_row(trainable_model, renderer, batch, most_rows):
     add_fused_lm_head(trainable_model, outputs=("log_probs", "entropy"))
-    packed, logprobs, entropies = packed_scores(trainable_model, renderer, batch, rows_per_pack)
-    assert len(packed.input_ids) == {1: 9, 2: 5, 3: 4, 8: 3}[rows_per_pack]
+    packed, logprobs, entropies = packed_scores(trainable_model, renderer, batch, most_rows)
+    groups = {1: [1] * 9, 2: [2, 2, 2, 1, 2], 9: [4, 3, 2]}[most_rows]
+    assert [len(masks) for _, masks in packed.segments] == groups
+    lengths = [len(rollout.completion_ids) + 1 for rollout in batch[0]]
+    assert packed.input_ids.shape == (1, sum(lengths) + sum(shared for shared, _ in packed.segments))
     for row, rollout in enumerate(batch[0]):
         expected, entropy = plain_scores(trainable_model, renderer, rollout)
         length = len(rollout.completion_ids)
@@ -113,10 +108,10 @@ def test_packs_score_each_token_as_a_plain_forward_of_its_row(trainable_model, r
         assert not logprobs[row, length:].any()
 
 
-def test_gradients_through_packs_equal_those_of_plain_forwards(trainable_model, renderer, batch):
+def test_gradients_behind_a_shared_prompt_equal_those_of_plain_forwards(trainable_model, renderer, batch):
     add_fused_lm_head(trainable_model, outputs=("log_probs", "entropy"))
     weights = dict(trainable_model.model.language_model.named_parameters())
-    packed_scores(trainable_model, renderer, batch, 8)[1].sum().backward()
+    packed_scores(trainable_model, renderer, batch)[1].sum().backward()
     packed = {name: value.grad.clone() for name, value in weights.items()}
     trainable_model.zero_grad()
     for rollout in batch[0]:
@@ -133,7 +128,7 @@ def test_kept_features_score_exactly_as_pixels_do_and_leave_the_tower_alone(trai
     pixels = pixels_of(renderer, images)
     passes = []
     handle = trainable_model.model.visual.register_forward_hook(lambda *_: passes.append(1))
-    with_pixels = packed_scores(trainable_model, renderer, batch, 8, pixels)[1]
+    with_pixels = packed_scores(trainable_model, renderer, batch, pixels=pixels)[1]
     engine = CropEngine(trainable_model, renderer)
     features = kept_features(batch[0], None)  # nothing is to be encoded: the rollouts bring all
     server = KeptFeatures(renderer.processor.image_processor, features)
@@ -146,7 +141,7 @@ def test_kept_features_score_exactly_as_pixels_do_and_leave_the_tower_alone(trai
     served = server(images=images, return_tensors="pt")
     assert torch.equal(served["image_grid_thw"], pixels["image_grid_thw"])
     assert len(served["pixel_values"]) == len(pixels["pixel_values"]), "a row a patch, as TRL cuts them"
-    with_features = packed_scores(trainable_model, renderer, batch, 8, served)[1]
+    with_features = packed_scores(trainable_model, renderer, batch, pixels=served)[1]
     handle.remove()
     assert not passes, "the tower ran again"
     assert torch.allclose(with_features, with_pixels, atol=1e-5)
@@ -166,16 +161,3 @@ def test_a_row_that_is_masked_out_leaves_the_others_right(renderer, batch):
     assert [span[0] for span in spans] == first
     others = [number for number in range(9) if number != row]
     assert [spans[number][2] for number in others] == [first[number] + counts[number] for number in others]
-
-
-def test_a_long_completion_is_packed_less_and_a_long_prompt_more():
-    layer_7b = PackCost(2 * 233_000_000, 4 * 3584)
-    assert layer_7b.rows_per_pack(prompt=550, completion=500, rows=8) == 8
-    assert layer_7b.rows_per_pack(prompt=550, completion=12_000, rows=8) == 1
-    assert 1 < layer_7b.rows_per_pack(prompt=2000, completion=4000, rows=16) < 16
-
-
-def test_the_cost_of_a_model_is_read_from_its_layers(tiny_model):
-    cost = PackCost.of(Architecture.from_config(tiny_model.config.to_dict()))
-    weights = sum(value.numel() for value in tiny_model.model.language_model.layers[1].parameters())
-    assert (cost.per_token, cost.per_pair) == (2 * weights, 4 * 128)

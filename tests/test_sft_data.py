@@ -12,7 +12,7 @@ from test_data_utils import FAULTS, images, row, write  # noqa: F401 - images is
 import sft_data
 from config import DataConfig, SettingsError
 from conversation import IGNORED
-from data_utils import check_file
+from data_check import check_file
 from sft_data import FAULTS as FAULTS_KEY
 from sft_data import ROWS, ExampleEncoder, FaultLog, SFTCollator, is_lazy, length_buckets, load_training_rows
 
@@ -138,7 +138,7 @@ def test_the_index_names_each_entry_by_line_and_place_however_the_file_is_cut(
     counts = [0, 1, 2, 1, 0, 3, 1, 1, 2, 1] * 7
     expected = [(number, entry) for number, count in enumerate(counts, 1) for entry in range(count)]
     data = DataConfig(train_data=path, image_base_path=str(images), num_proc=processes, **LAZY)
-    monkeypatch.setattr("data_utils.PART_BYTES", 100)
+    monkeypatch.setattr("data_check.PART_BYTES", 100)
     monkeypatch.setattr(sft_data, "MOST_FAULTY", 1)
     table = load_training_rows(path, data, renderer, "bad.jsonl")
     assert list(zip(table["line"], table["entry"], strict=True)) == expected

@@ -50,6 +50,8 @@ def settings_for(stage: str, base_folder: Path, data_folder: Path, output: Path,
             "num_generations": 4,
             "batch_size": 8,
             "max_completion_length": 24,
+            "watch_every": 0,
+            "keep_rollouts_every": 0,
             **{k: v for k, v in flags.items() if k != "batch_size"},
         }
     return resolve_training(flags, (stage,))

@@ -25,7 +25,7 @@ import train_sft
 from checkpoints import StoppedError
 from command_line import resolve_training
 from config import SettingsError
-from data_utils import Checker
+from data_check import Checker
 from model_utils import load_for_training
 from patience import OutageError
 from rewards import RewardPart
@@ -74,11 +74,13 @@ class Group:
 
     def settings(self, stage: str, name: str, **flags: Any) -> Any:
         paths = {"model_name": self.base, "train_data": f"{self.data}/train.jsonl", "image_base_path": self.data}
-        group = {"num_generations": 4, "beta": 0.1, "max_completion_length": MOST_TOKENS} if stage == "grpo" else {}
+        group = {"num_generations": 4, "beta": 0.1, "max_completion_length": MOST_TOKENS}
+        group |= {"watch_every": 0, "keep_rollouts_every": 0}
         output = {"output_dir": str(self.folder / name)}
         if "use_cpu" in SHARED and torch.distributed.is_torchelastic_launched():
             output["ddp_backend"] = "gloo"
-        return resolve_training({**SHARED, **paths, **group, **output, "batch_size": 4, **flags}, (stage,))
+        paths |= group if stage == "grpo" else {}
+        return resolve_training({**SHARED, **paths, **output, "batch_size": 4, **flags}, (stage,))
 
     def sft_trainer(self, settings: Any) -> tuple[Any, Any]:
         loaded = load_for_training(settings.model, settings.data, settings.sft, settings.model.model_name)
@@ -146,12 +148,17 @@ class Group:
         return self.grpo(batch_size, name="lora", **LORA)
 
     def group(self) -> dict[str, Any]:
-        """One prompt's rollouts on all processes, freely sampled."""
-        settings = self.settings("grpo", "group", num_generations=8, max_steps=1, steps_per_generation=1)
+        """One prompt's rollouts on all processes, freely sampled; under watch, with a question for one process more."""
+        watch = {"watch_every": 1, "watch_samples": 3, "keep_rollouts_every": 1}
+        settings = self.settings("grpo", "group", num_generations=8, max_steps=1, steps_per_generation=1, **watch)
         _, trainer = self.grpo_trainer(settings)
         train(trainer, settings, "grpo")
         rows = {(row["line"], row["entry"]) for row in trainer._batch_rows}
-        return {"rows": sorted(rows), "texts": [rollout.text for rollout in trainer._batch_rollouts]}
+        return {
+            "rows": sorted(rows),
+            "texts": [rollout.text for rollout in trainer._batch_rollouts],
+            "watched": [item for item in trainer.state.log_history if "watch/crop_gain" in item],
+        }
 
     def resume(self) -> dict[str, Any]:
         """Three steps, once at a stretch and once in two runs."""
@@ -264,6 +271,9 @@ def main(plan_file: str) -> None:
         release_memory()
         result = getattr(group, name)()
         (group.folder / f"{name}.{RANK}.json").write_text(json.dumps(result))
+    # A process that ends while the other still works may abort in gloo's threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
