@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_rollout_pages import crafted
 from test_traces import make_trace
 
 import evaluate
@@ -17,6 +18,7 @@ from conversation import Example
 from crop_tool import Box, ToolCall
 from data_sheet import sheet_html
 from measures import Answer, measure
+from rollout_pages import rollouts_html
 from token_view import as_html
 from traces import trace_fragment, trace_html
 
@@ -228,8 +230,19 @@ def report(contract, data_folder, tmp_path):
     return page
 
 
+@pytest.fixture
+def kept_rollouts(tmp_path):
+    def page(text: str) -> str:
+        said = f"<think>{text} <tool_call>{text}</tool_call></think>\n\n<answer>{text}</answer> {text}"
+        return rollouts_html(1, [[crafted(tmp_path, said, question=text)]], 1, str(tmp_path))
+
+    return page
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
-@pytest.mark.parametrize("page", [page_of_answers, notebook_cell, contact_sheet, "token_page", "report"])
+@pytest.mark.parametrize(
+    "page", [page_of_answers, notebook_cell, contact_sheet, "token_page", "report", "kept_rollouts"]
+)
 def test_hostile_text_adds_nothing_to_a_page_but_its_letters(page, hostile, request):
     render = request.getfixturevalue(page) if isinstance(page, str) else page
     expected, found = Skeleton(render(HARMLESS)), Skeleton(render(hostile))
