@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("conversation", "rewards", "traces", "judge"), 2),
     **dict.fromkeys(("data_sheet", "token_view", "visualize", "rollouts", "benchmark_data"), 3),
     **dict.fromkeys(("data_utils", "kv_cache", "sampling", "sharding", "packing", "vllm_generation", "measures"), 4),
-    **dict.fromkeys(("decoding", "sft_data"), 5),
+    **dict.fromkeys(("decoding", "sft_data", "streaming"), 5),
     "generation": 6,
     "scoring": 7,
     **dict.fromkeys(("trainers", "training", "inference"), 8),

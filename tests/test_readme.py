@@ -130,7 +130,7 @@ def test_relative_links_lead_somewhere():
 
 
 def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):
-    code = next(block for block in blocks("python") if "QwenVLInference" in block)
+    code = "\n".join(block for block in blocks("python") if "inference" in block)
     code = code.replace("outputs/grpo/final_model", str(base_folder)).replace("max_new_tokens=512", "max_new_tokens=8")
     from PIL import Image
 
@@ -138,4 +138,5 @@ def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):
     names = {"image": picture, "images": [picture] * 2, "questions": ["What?", "Where?"]}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["results"]) == 2
+    assert names["news"].text == names["inference"].generate(picture, names["news"].question).text
     assert (project / "trace.html").is_file()
