@@ -24,7 +24,8 @@ from vllm_generation import Completion, VLLMEngine
 QUESTION = "Which stripes are on the red square?"
 SCRIPT = (
     "<think>\nZwölf 🟥🟩 größer 紅 here <tool_call>[10, 10, 30, 40]</tool_call> and "
-    "<tool_call>[9, 9, 1, 1]</tool_call>\n2 < 3 <b> <tool_call>[3, 3, 20, 20]</tool_call></think>\n\n<answer>naïve ½</answer><|im_end|>"
+    "<tool_call>[9, 9, 1, 1]</tool_call>\n2 < 3 <b> <tool_call>[3, 3, 20, 20]</tool_call></think>\n\n"
+    "<answer>naïve ½</answer><|im_end|>"
 )
 
 
