@@ -262,7 +262,8 @@ STYLE = """
 .crop-trace .chip.bad { border-color:var(--bad); background:var(--bad-paper); }
 .crop-trace .chip.bad i { color:var(--bad); }
 .crop-trace .flow { display:flow-root; }
-.crop-trace figure { float:left; clear:both; max-width:60%; margin:.4rem 1rem .6rem 0; }
+.crop-trace figure { float:left; clear:both; width:min-content; min-width:13rem; max-width:60%;
+  margin:.4rem 1rem .6rem 0; }
 @media (max-width: 36rem) { .crop-trace figure { float:none; max-width:100%; } }
 .crop-trace figure img { max-width:100%; height:auto; border-radius:6px; display:block; border:3px solid; }
 .crop-trace .right { color:var(--good); font-weight:600; } .crop-trace .wrong { color:var(--bad); font-weight:600; }
@@ -308,7 +309,7 @@ FLOW = """
 <i>{{ step.call.outcome }}{{ ': ' ~ step.note if step.note }}</i></span>
 {%- endif -%}
 {%- if step.crop -%}
-<figure><img src="{{ step.crop }}" alt="crop {{ step.number }}" style="width:{{ step.crop_width }}px;
+<br><figure><img src="{{ step.crop }}" alt="crop {{ step.number }}" style="width:{{ step.crop_width }}px;
 {#- #} border-color:{{ step.color }}">
 <figcaption class="small">Crop {{ step.number }}, as the model saw it: {{ step.crop_size }}
 {%- if step.call.box %}, cut from {{ step.call.box.as_list() | map('round') | map('int') | list }} of the original

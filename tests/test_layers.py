@@ -19,8 +19,9 @@ FLOORS = {
     **dict.fromkeys(("trainers", "training", "inference"), 8),
     **dict.fromkeys(("train_sft", "train_grpo", "evaluate"), 9),
     "demo": 10,
+    "web_page": 11,
     "train_qwenvl_25": 11,  # --demo opens demo.py
-    **dict.fromkeys(("configure_training", "example_usage"), 12),
+    **dict.fromkeys(("configure_training", "example_usage", "web_demo"), 12),
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "datasets", "accelerate"}
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
