@@ -58,7 +58,7 @@ PAGE_STYLE = """
 #head, #shown, #thinking, #end, :is(#head, #shown, #thinking, #end) > * { padding:0; margin:0; }
 #head h1 { font-size:1.5rem; margin:.5rem 0 .1rem; } #head p { margin:0; opacity:.75; }
 #shown .crop-trace, #thinking .crop-trace, #end .crop-trace { padding:0; margin:0; max-width:none; background:none; }
-#shown .picture { margin:0 auto; }
+#shown .crop-trace { contain:inline-size; } #shown .picture { margin:0 auto; }
 #thinking .flow { min-height:9rem; border-radius:10px; padding:1rem 1.2rem; }
 #thinking .flow:empty::before { color:var(--soft);
   content:"What the model thinks appears here, and beside it what it looks at."; }
