@@ -54,7 +54,7 @@ TEMPLATES = """
 """
 
 PAGE_STYLE = """
-.gradio-container { max-width:76rem !important; margin:0 auto !important; }
+.gradio-container { max-width:72rem !important; width:100%; margin:0 auto !important; }
 #head, #shown, #thinking, #end, :is(#head, #shown, #thinking, #end) > * { padding:0; margin:0; }
 #head h1 { font-size:1.5rem; margin:.5rem 0 .1rem; } #head p { margin:0; opacity:.75; }
 #shown .crop-trace, #thinking .crop-trace, #end .crop-trace { padding:0; margin:0; max-width:none; background:none; }
@@ -62,7 +62,8 @@ PAGE_STYLE = """
 #thinking .flow { min-height:9rem; border-radius:10px; padding:1rem 1.2rem; }
 #thinking .flow:empty::before { color:var(--soft);
   content:"What the model thinks appears here, and beside it what it looks at."; }
-#thinking .chip { margin:0 .25rem; }
+#thinking .chip { margin:0 .25rem; } #thinking figure img { min-width:100%; }
+#columns { gap:1.75rem; }
 #end .answer { font-size:1.5rem; font-weight:600; line-height:1.3; }
 #end h3 { margin:.2rem 0 .1rem; }
 #end .note { margin:.5rem 0 0; padding:.5rem .8rem; border-left:3px solid var(--bad); background:var(--bad-paper);
@@ -176,7 +177,7 @@ class Page:
                 "<h1>Thinking with crops</h1><p>Ask about a picture: the model looks closer where it needs to.</p>",
                 elem_id="head",
             )
-            with gr.Row(equal_height=False):
+            with gr.Row(equal_height=False, elem_id="columns"):
                 with gr.Column(scale=5, min_width=320):
                     self.upload = Upload(
                         label="Picture", sources=["upload", "clipboard"], type="filepath", height=420, buttons=[]

@@ -15,8 +15,9 @@ import configure_training
 import data_utils
 import evaluate
 import inference
+import web_demo
 from command_line import parse_training
-from config import EvaluationConfig, build
+from config import EvaluationConfig, WebConfig, build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,7 @@ def test_readme_has_commands_for_every_door():
         "evaluate.py",
         "configure_training.py",
         "data_utils.py",
+        "web_demo.py",
     }
     assert doors <= scripts
 
@@ -73,6 +75,8 @@ def test_command_parses_as_written(command, project, capsys):
     elif script == "evaluate.py":
         config = build(EvaluationConfig, vars(evaluate._parser().parse_args(flags)))
         assert config.model_path.startswith("outputs/")
+    elif script == "web_demo.py":
+        assert build(WebConfig, vars(web_demo._parser().parse_args(flags))).host == "127.0.0.1"
     elif script == "configure_training.py":
         configure_training.main(flags)
         assert "train_qwenvl_25.py" in capsys.readouterr().out
