@@ -261,7 +261,7 @@ STYLE = """
 .crop-trace .chip i { color:var(--soft); font-size:.85em; }
 .crop-trace .chip.bad { border-color:var(--bad); background:var(--bad-paper); }
 .crop-trace .chip.bad i { color:var(--bad); }
-.crop-trace .flow { display:flow-root; }
+.crop-trace .flow { display:flow-root; } .crop-trace .flow br { clear:both; }
 .crop-trace figure { float:left; clear:both; width:min-content; min-width:13rem; max-width:60%;
   margin:.4rem 1rem .6rem 0; }
 @media (max-width: 36rem) { .crop-trace figure { float:none; max-width:100%; } }

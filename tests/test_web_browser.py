@@ -111,13 +111,20 @@ def test_the_box_is_drawn_where_the_call_says(page, picture):
     assert stroke == frame, "a box has the colour of its crop"
 
 
-def test_a_crop_stands_beside_the_text_that_reads_it(page, picture):
+def test_each_crop_stands_beside_the_text_that_reads_it(server, page, picture):
+    call = "<tool_call>[10, 10, 30, 40]</tool_call>"
+    server.script = f"<think>\nHere {call} this, {call} that.</think>\n\n<answer>rising</answer><|im_end|>"
     ask(page, picture)
     expect(page.locator("#end .answer")).to_have_text("rising")
-    crop = page.locator("#thinking figure").bounding_box()
-    read = page.locator("#thinking .text").nth(1).bounding_box()
-    assert read["x"] >= crop["x"] + crop["width"]
-    assert crop["y"] - 12 <= read["y"] <= crop["y"] + crop["height"]
+    for number in range(2):
+        crop = page.locator("#thinking figure").nth(number).bounding_box()
+        read = (
+            page.locator("#thinking .text")
+            .nth(number + 1)
+            .evaluate("text => { const [line] = text.getClientRects(); return {x: line.x, y: line.y}; }")
+        )
+        assert read["x"] >= crop["x"] + crop["width"]
+        assert crop["y"] - 12 <= read["y"] <= crop["y"] + crop["height"]
 
 
 def test_nothing_of_a_hostile_text_runs(server, page, picture):
