@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,7 @@ def served(inference: QwenVLInference, config: WebConfig) -> Iterator[str]:
             theme=web_page.theme(),
             css=web_page.style(),
             footer_links=[],
+            state_session_capacity=100,  # each keeps the pictures of its page
             prevent_thread_lock=True,
             inbrowser=False,
             quiet=True,
@@ -155,8 +157,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{address} (Ctrl-C ends it)", flush=True)
             if config.share or config.host not in ("127.0.0.1", "localhost", "::1"):
                 print("Anyone who reaches this address can ask; there is no password.", flush=True)
-            import threading
-
             threading.Event().wait()
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"web_demo.py: {error}\n")

@@ -24,7 +24,7 @@ from config import WebConfig
 from conversation import load_image, refuse_reserved
 from crop_tool import ToolCall
 from inference import InferenceResult, QwenVLInference, Stream
-from response_format import ParsedResponse, parse_response
+from response_format import parse_response
 from streaming import CallResult, TextPiece
 from traces import STYLE, Trace, TraceStep, html_environment, picture_data, reasoning_steps, step_data, steps_after
 
@@ -134,8 +134,8 @@ class View:
             self.calls.append(news.call)
             self.crops.append(news.crop)
 
-    def trace(self, text: str | None = None) -> Trace:
-        response: ParsedResponse = parse_response(self.text if text is None else text, tuple(self.calls))
+    def trace(self) -> Trace:
+        response = parse_response(self.text, tuple(self.calls))
         return Trace(self.question, response, self.image, tuple(self.crops))
 
     def picture(self) -> str:

@@ -38,6 +38,7 @@ MAIN_FLAGS = {
         "--model_path",
         "JUDGE_API_KEY",
     ],
+    "web_demo.py": ["--model_path", "--host", "--port", "--share", "--max_upload_mb", "--temperature"],
     "inference.py": ["--model_path", "--image_path", "--question", "--output_json", "--save_trace", "--temperature"],
     "model_utils.py": ["--merge", "--output"],
     "train_grpo.py": [*BOTH_STAGES, "--sft_checkpoint", "--beta", "--reward_preset"],

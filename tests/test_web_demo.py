@@ -223,6 +223,21 @@ def test_too_many_questions_are_told_when_to_try_again(base_folder, picture):
         assert served.steps == 0
 
 
+def test_no_more_than_max_queue_questions_wait(base_folder, picture):
+    with serving(str(base_folder), max_queue=1) as served:
+        client = Client(served.url, verbose=False, analytics_enabled=False)
+        served.pause = 0.05
+        first = client.submit(handle_file(picture), QUESTION, api_name="/ask")
+        _until(lambda: served.steps > 0)
+        second = client.submit(handle_file(picture), QUESTION, api_name="/ask")
+        time.sleep(0.5)
+        with pytest.raises(Exception, match=r"(?i)queue is full"):
+            client.predict(handle_file(picture), QUESTION, api_name="/ask")
+        served.pause = 0.0
+        assert first.result(timeout=60)
+        assert second.result(timeout=60)
+
+
 def _cached(served: Served, name: str):
     return Path(os.environ["GRADIO_TEMP_DIR"]).rglob(name)
 
