@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{address} (Ctrl-C ends it)", flush=True)
             if config.share or config.host not in ("127.0.0.1", "localhost", "::1"):
                 print("Anyone who reaches this address can ask; there is no password.", flush=True)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was uploaded is deleted
             threading.Event().wait()
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"web_demo.py: {error}\n")

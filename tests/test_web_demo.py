@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.client import Job
 from PIL import Image
-from web_server import SCRIPT, Served, serving
+from web_server import SCRIPT, Served, free_port, serving
 
 import demo_world
 import web_demo
@@ -299,6 +300,18 @@ def test_uploads_and_traces_are_gone_when_it_ends(base_folder, picture):
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         assert {path.name for path in folder.rglob("*.*")} >= {"picture.png", "answer.html"}
     assert not folder.exists()
+
+
+def test_the_command_serves_until_it_is_ended_and_leaves_nothing(base_folder, tmp_path, picture):
+    command = [sys.executable, "web_demo.py", "--model_path", str(base_folder), "--port", str(free_port())]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[0]
+        ask(Client(url, verbose=False, analytics_enabled=False), picture)
+        assert list(tmp_path.glob("web_demo-*"))
+        process.terminate()
+        assert process.wait(30) == 0
+    assert not list(tmp_path.glob("web_demo-*"))
 
 
 def test_a_port_that_is_taken_is_named(base_folder, capsys):
