@@ -7,9 +7,10 @@ TEST_THREADS ?= 1
 VENV_PYTHON := .venv/bin/python
 # A stamp is written only after a complete install, so an interrupted one is done again.
 RUN_STAMP := .venv/.installed-requirements
+WEB_STAMP := .venv/.installed-requirements-web
 DEV_STAMP := .venv/.installed-requirements-dev
 # A .venv whose Python is gone or another version now has lost its packages: forget that it was complete.
-$(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || rm -f $(RUN_STAMP) $(DEV_STAMP))
+$(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || rm -f $(RUN_STAMP) $(WEB_STAMP) $(DEV_STAMP))
 PYTEST := OMP_NUM_THREADS=$(TEST_THREADS) $(VENV_PYTHON) -m pytest
 
 # vLLM needs other versions of torch and transformers, so its tests have an environment of their own.
@@ -17,11 +18,12 @@ VLLM_PYTHON := .venv-vllm/bin/python
 VLLM_STAMP := .venv-vllm/.installed-requirements
 $(shell $(VLLM_PYTHON) -c "import pip" 2>/dev/null || rm -f $(VLLM_STAMP))
 
-.PHONY: help demo demo-full test test-all test-vllm lint clean distclean .venv
+.PHONY: help demo demo-full web test test-all test-vllm lint clean distclean .venv
 
 help:
 	@echo "make demo       train a tiny Qwen2.5-VL in both stages and show that it looks"
 	@echo "make demo-full  the same for longer, up to an hour"
+	@echo "make web        ask the demo's model on a web page; MODEL=FOLDER asks another, WEB_ARGS is passed on"
 	@echo "make test       the tests that CI runs; PYTEST_ARGS is passed on to pytest"
 	@echo "make test-all   the slow tests as well"
 	@echo "make test-vllm  what runs on vLLM, for real, on its CPU build (4 GB in .venv-vllm)"
@@ -34,6 +36,10 @@ demo: $(RUN_STAMP)
 
 demo-full: $(RUN_STAMP)
 	$(VENV_PYTHON) demo.py --full
+
+MODEL ?= outputs/demo/grpo/final_model
+web: $(WEB_STAMP)
+	$(VENV_PYTHON) web_demo.py --model_path $(MODEL) $(WEB_ARGS)
 
 test: $(DEV_STAMP)
 	$(PYTEST) -m "not slow and not vllm" $(PYTEST_ARGS)
@@ -61,7 +67,10 @@ distclean: clean
 $(RUN_STAMP): requirements.txt
 	$(install)
 
-$(DEV_STAMP): requirements-dev.txt $(RUN_STAMP)
+$(WEB_STAMP): requirements-web.txt $(RUN_STAMP)
+	$(install)
+
+$(DEV_STAMP): requirements-dev.txt requirements-web.txt $(RUN_STAMP)
 	$(install)
 
 # The GPU build of vLLM cannot run on a CPU, so its CPU build takes its place. Two packages of its requirements do not

@@ -328,6 +328,24 @@ class ConversionConfig:
         require(self.box_max_pixels >= 3136, f"box_max_pixels is {self.box_max_pixels}, but it must be at least 3136")
 
 
+@dataclass(frozen=True)
+class WebConfig(InferenceConfig):
+    """Where the web page is served, and to how many at once."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all, so that anyone who reaches it can ask")
+    port: int = setting(7860, "port to listen on")
+    share: bool = setting(False, "open a public address through Gradio's tunnel")
+    max_upload_mb: int = setting(20, "largest picture that may be uploaded, megabytes")
+    max_queue: int = setting(16, "questions that may wait; they are answered one at a time")
+    questions_per_minute: int = setting(20, "questions, and uploads, a client may send a minute")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.port <= 65535, f"port is {self.port}, but it must be from 1 to 65535")
+        for name in ("max_upload_mb", "max_queue", "questions_per_minute"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, but it must be at least 1")
+
+
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTStageConfig, "grpo": GRPOStageConfig}
 
 

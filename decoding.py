@@ -187,14 +187,16 @@ class Batch:
         self.graphs = StepGraphs(decoder.recorder())
         self.logits = torch.zeros(0, len(self.suppressed), device=self.device)  # (places, vocabulary)
 
-    def run(self) -> None:
+    def step(self) -> bool:
+        """Write the next token of every row that runs; False where no row is left to go on."""
         self._admit()
-        while self._live():
-            self._sample()
-            self._make_room()
-            self._feed_tokens()
-            self._feed_crops()
-            self._admit()
+        if not self._live():
+            return False
+        self._sample()
+        self._make_room()
+        self._feed_tokens()
+        self._feed_crops()
+        return True
 
     def _live(self) -> list[Row]:
         return [row for row in self.rows if not row.finish_reason]

@@ -7,7 +7,7 @@ place to the next in the queue, so that a long answer does not hold up the other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from conversation import Prompt, Renderer, check_image_tokens
 from decoding import Batch, Decoder, Limits, Row, slots_needed
 from kv_cache import attention_over_slots
 from packed_linear import PackedLinears
-from rollouts import Rollout, RolloutWriter, SamplingParams
+from rollouts import Response, Rollout, RolloutWriter, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,6 @@ class CropEngine:
         self.decoder = Decoder(self.base, renderer, self.writer.suppressed)
         self.decoder.cuda_graphs = cuda_graphs
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -75,26 +74,58 @@ class CropEngine:
             SettingsError: for a prompt that does not fit `max_batch_tokens` with what may be written after it.
         """
         counts = [counts] * len(prompts) if isinstance(counts, int) else list(counts)
-        for number, prompt in enumerate(prompts):
-            check_image_tokens(prompt.ids, prompt.images, self.renderer, f"prompt {number}")
-            self._check_fits(prompt, number, sampling)
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
         owners = [number for number, count in enumerate(counts) for _ in range(count)]
         numbers = range(len(owners)) if numbers is None else numbers
         rows = [
             Row(prompts[owner], sampling.max_new_tokens, forced[place] if forced else (), number, owner=owner)
             for place, (owner, number) in enumerate(zip(owners, numbers, strict=True))
         ]
+        batch = self._batch(prompts, rows, sampling, on_finish, keep_features)
         was_training = self.model.training
         self.model.eval()
         try:
-            with attention_over_slots(self.base.model.language_model), self._packed(len(rows)).used():
-                take = partial(self.writer.take, sampling=sampling)
-                Batch(self.decoder, rows, sampling, take, self.limits, on_finish, keep_features).run()
+            with torch.no_grad(), attention_over_slots(self.base.model.language_model), self._packed(len(rows)).used():
+                while batch.step():
+                    pass
         finally:
             self.model.train(was_training)
         return [self.writer.rollout(row, row.features) for row in rows]
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams, forced: Sequence[int] = ()) -> Iterator[Response]:
+        """One response to one prompt, given out after each token with its crop: one and the same object, which grows.
+
+        `writer.rollout` makes of the last one what `generate` returns. A stream that is closed, or dropped, frees its
+        cache; in between the model may be used for other things. It is left in eval mode.
+
+        Raises:
+            ValueError, SettingsError: as `generate`.
+        """
+        row = Row(prompt, sampling.max_new_tokens, forced)
+        batch, packed = self._batch([prompt], [row], sampling), self._packed(1)
+        self.model.eval()
+        goes_on = True
+        while goes_on:
+            # Not held while the caller has the response: the model's attention, and the thread's gradients, are his.
+            with torch.no_grad(), attention_over_slots(self.base.model.language_model), packed.used():
+                goes_on = batch.step()
+            if goes_on:
+                yield row
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        on_finish: Callable[[int], None] | None = None,
+        keep_features: bool = False,
+    ) -> Batch:
+        for number, prompt in enumerate(prompts):
+            check_image_tokens(prompt.ids, prompt.images, self.renderer, f"prompt {number}")
+            self._check_fits(prompt, number, sampling)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
+        take = partial(self.writer.take, sampling=sampling)
+        return Batch(self.decoder, rows, sampling, take, self.limits, on_finish, keep_features)
 
     def _packed(self, rows: int) -> PackedLinears:
         return PackedLinears(self.base, min(rows, self.limits.batch_size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from command_line import add_flags
 from config import InferenceConfig, SettingsError, build
 from conversation import Prompt, Renderer, load_image, refuse_reserved
-from crop_tool import ToolCall
+from crop_tool import CALL_CLOSE, ToolCall
 from patience import OutageError
 from response_format import parse_response
+from streaming import CallResult, ResponseReader, TextPiece
 from traces import Trace, save_trace, trace_fragment
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class InferenceResult:
         }
 
 
+Stream = Generator[TextPiece | CallResult | InferenceResult, None, None]
+
+
 def _crops_by_call(prompt: Prompt, rollout: Rollout) -> list[Image | None]:
     crops = iter(rollout.images[len(prompt.images) :])
     return [next(crops) if call.is_executed else None for call in rollout.tool_calls]
@@ -145,8 +149,35 @@ class QwenVLInference:
 
     def follow_up(self, result: InferenceResult, question: str) -> InferenceResult:
         """A further question after `result`, with its image and crops still in view."""
-        prompt = self.renderer.follow_up(result.prompt, result.rollout.completion_ids, result.rollout.images, question)
-        return self._answer([prompt], [question], [result], progress=False)[0]
+        return self._answer([self._follow_up_prompt(result, question)], [question], [result], progress=False)[0]
+
+    def stream(self, image: str | Path | Image, question: str) -> Stream:
+        """`generate`, told as it comes: pieces of text, the result of each call, and last the whole answer.
+
+        The pieces joined are `result.text`, the calls' results are `result.tool_calls` with `result.crops`, and the
+        answer is that of `generate`. No piece ends inside a character or a tag. Ours gives pieces of a token or two,
+        vLLM one for each stretch between calls. Closing the stream ends the work.
+
+        Raises:
+            ValueError, SettingsError: as `generate`, before the first piece.
+        """
+        return self._stream(self.renderer.prompt(question, load_image(image)), question)
+
+    def stream_follow_up(self, result: InferenceResult, question: str) -> Stream:
+        """`follow_up`, told as it comes; see `stream`."""
+        return self._stream(self._follow_up_prompt(result, question), question, result)
+
+    def _follow_up_prompt(self, result: InferenceResult, question: str) -> Prompt:
+        return self.renderer.follow_up(result.prompt, result.rollout.completion_ids, result.rollout.images, question)
+
+    def _stream(self, prompt: Prompt, question: str, earlier: InferenceResult | None = None) -> Stream:
+        reader = None
+        for response in self.engine.stream(prompt, self.sampling):
+            reader = reader or ResponseReader(response, self.renderer.tokenizer, self.renderer.ids[CALL_CLOSE])
+            for news in reader.news():
+                if isinstance(news, TextPiece) or self.config.parse_tool_calls:
+                    yield news
+        yield self._result(prompt, question, self.engine.writer.rollout(response), earlier)
 
     def _answer(self, prompts: list[Prompt], questions: Sequence[str], earlier: list, progress: bool) -> list:
         from tqdm.auto import tqdm
@@ -175,18 +206,35 @@ class QwenVLInference:
         )
 
 
+CUT_OFF = "The answer was cut off: raise --max_new_tokens."
+
+
 def describe(result: InferenceResult) -> str:
     """An answer for the terminal."""
     lines = [f"Question: {result.question}"]
     if result.think_content:
         lines.append(f"Thinking: {result.think_content}")
-    for number, call in enumerate(result.tool_calls, start=1):
-        where = f"{call.box.as_list()} of the original image" if call.box else repr(call.text)
-        lines.append(f"Crop {number}: {where} ({call.outcome})")
+    lines += [describe_call(number, call) for number, call in enumerate(result.tool_calls, start=1)]
     lines.append(f"Answer: {result.answer_content or '(none)'}")
     if result.finish_reason == "length":
-        lines.append("The answer was cut off: raise --max_new_tokens.")
+        lines.append(CUT_OFF)
     return "\n".join(lines)
+
+
+def describe_call(number: int, call: ToolCall) -> str:
+    where = f"{call.box.as_list()} of the original image" if call.box else repr(call.text)
+    return f"Crop {number}: {where} ({call.outcome})"
+
+
+def print_stream(stream: Stream) -> InferenceResult:
+    """Print an answer as it comes, each call's result on a line of its own; returns the whole of it."""
+    for news in stream:
+        if isinstance(news, TextPiece):
+            print(news.text, end="", flush=True)
+        elif isinstance(news, CallResult):
+            print(f"\n[{describe_call(news.number, news.call)}]", flush=True)
+    print(f"\n{CUT_OFF}" if news.finish_reason == "length" else "")
+    return news
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,17 +247,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="the question; given again, a follow-up question",
     )
+    parser.add_argument("--stream", action="store_true", help="print the response as it comes")
     parser.add_argument("--output_json", metavar="FILE", help="write the answers (one object, or a list) to this file")
     parser.add_argument("--save_trace", metavar="FILE", help="write a page that shows image, boxes, crops and answer")
     add_flags(parser, InferenceConfig, "model and sampling")
     return parser
 
 
+def _converse(inference: QwenVLInference, image: Image, questions: list[str], streams: bool) -> list[InferenceResult]:
+    """The answers to a question and its follow-ups, printed as they come where they are streamed."""
+    results: list[InferenceResult] = []
+    for question in questions:
+        first = not results
+        if streams:
+            print(f"Question: {question}", flush=True)
+            stream = inference.stream(image, question) if first else inference.stream_follow_up(results[-1], question)
+            results.append(print_stream(stream))
+        else:
+            results.append(inference.generate(image, question) if first else inference.follow_up(results[-1], question))
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     flags = vars(parser.parse_args(argv))
-    image_path, questions, output_json, trace = (
-        flags.pop(name) for name in ("image_path", "question", "output_json", "save_trace")
+    image_path, questions, streams, output_json, trace = (
+        flags.pop(name) for name in ("image_path", "question", "stream", "output_json", "save_trace")
     )
     try:
         config = build(InferenceConfig, flags)
@@ -217,14 +280,13 @@ def main(argv: list[str] | None = None) -> None:
         for question in questions:
             refuse_reserved(question, "the question")
         inference = QwenVLInference(config)
-        results = [inference.generate(image, questions[0])]
-        for question in questions[1:]:
-            results.append(inference.follow_up(results[-1], question))
+        results = _converse(inference, image, questions, streams)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"inference.py: {error}\n")
     except OutageError as error:
         parser.exit(1, f"inference.py: {error}\n")
-    print("\n\n".join(describe(result) for result in results))
+    if not streams:
+        print("\n\n".join(describe(result) for result in results))
     if output_json:
         answers = [{"image_path": image_path, **result.to_dict()} for result in results]
         Path(output_json).parent.mkdir(parents=True, exist_ok=True)

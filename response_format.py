@@ -12,7 +12,7 @@ from crop_tool import CALL_PATTERN, ToolCall, parse_box
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|(?=<answer>)|\Z)", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class ParsedResponse:
     @property
     def is_well_formed(self) -> bool:
         """One think part, then one answer part, each tag once, and nothing but space around them."""
-        if any(self.text.count(tag) != 1 for tag in _TAGS):
+        if any(self.text.count(tag) != 1 for tag in TAGS):
             return False
-        positions = [self.text.find(tag) for tag in _TAGS]
+        positions = [self.text.find(tag) for tag in TAGS]
         between = self.text[positions[1] + len("</think>") : positions[2]]
         outside = self.text[: positions[0]] + self.text[positions[3] + len("</answer>") :]
         return positions == sorted(positions) and not between.strip() and not outside.strip()

@@ -108,6 +108,19 @@ def _reasoning_end(response: ParsedResponse) -> int:
     return max([response.answer_start, *before])
 
 
+def reasoning_steps(trace: Trace) -> list[TraceStep]:
+    """What stands before the answer."""
+    return trace_steps(trace, 0, _reasoning_end(trace.response))
+
+
+def steps_after(trace: Trace) -> list[TraceStep]:
+    """The answer and what stands behind it, where that is more than the answer; else nothing."""
+    border = _reasoning_end(trace.response)
+    steps = trace_steps(trace, border)
+    closed = trace.response.text[border:].partition("</answer>")[2]
+    return steps if len(steps) > 1 or closed.strip() else []
+
+
 def trace_fragment(trace: Trace) -> str:
     """One answer as an HTML fragment with its own style, for notebooks (`_repr_html_`)."""
     return _template().render(page=False, sections=[_section(trace)])
@@ -143,37 +156,42 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 def _section(trace: Trace) -> dict[str, Any]:
     """What the template reads of a trace."""
-    width, height = trace.image.size
-    return {
-        **response_data(trace),
-        "picture": data_uri(trace.image),
-        # Small pictures are enlarged, tall ones kept from filling several screens.
-        "display_width": round(min(max(width, 360), 640, 640 * width / height)),
-        "boxes": [overlay(box, width, height) for box in trace.reference_boxes],
-    }
+    return {**response_data(trace), "picture": picture_data(trace)}
 
 
 def response_data(trace: Trace) -> dict[str, Any]:
-    """What the template reads of a trace but its picture: boxes of the calls, steps for `flow`, the answer."""
-    response, (width, height) = trace.response, trace.image.size
-    border = _reasoning_end(response)
-    last = trace_steps(trace, border)
-    closed = response.text[border:].partition("</answer>")[2]
+    """What the template reads of a trace but its picture: steps for `flow`, the answer, boxes of the calls."""
     return {
         "trace": trace,
-        "answer": response.answer_content,
-        "calls": [
-            overlay(call.box, width, height, number)
-            for number, call in enumerate(response.tool_calls, start=1)
-            if call.box is not None
-        ],
-        "reasoning": [_step_data(step) for step in trace_steps(trace, 0, border)],
-        "after": [_step_data(step) for step in last] if len(last) > 1 or closed.strip() else [],
+        "answer": trace.response.answer_content,
+        "reasoning": [step_data(step) for step in reasoning_steps(trace)],
+        "after": [step_data(step) for step in steps_after(trace)],
+        "calls": _call_overlays(trace),
     }
 
 
-def _step_data(step: TraceStep) -> dict[str, Any]:
-    pieces = re.split(r"(</?(?:think|answer)>)", step.text)  # text and tags in turn
+def _call_overlays(trace: Trace) -> list[dict[str, float | str]]:
+    numbered = enumerate(trace.response.tool_calls, start=1)
+    return [overlay(call.box, *trace.image.size, number) for number, call in numbered if call.box is not None]
+
+
+def picture_data(trace: Trace) -> dict[str, Any]:
+    """What the macro `picture` of picture.html reads."""
+    width, height = trace.image.size
+    return {
+        "data": data_uri(trace.image),
+        "width": width,
+        "height": height,
+        # Small pictures are enlarged, tall ones kept from filling several screens.
+        "display_width": round(min(max(width, 360), 640, 640 * width / height)),
+        "boxes": [overlay(box, width, height) for box in trace.reference_boxes],
+        "calls": _call_overlays(trace),
+    }
+
+
+def step_data(step: TraceStep) -> dict[str, Any]:
+    """What the macro `stretch` of flow.html reads."""
+    pieces = re.split(r"(</?(?:think|answer|tool_call)>)", step.text)  # text and tags in turn
     data: dict[str, Any] = {"pieces": pieces, "call": None, "crop": None}
     if step.call is not None:
         data |= {"call": step.call, "number": step.number, "color": call_color(step.number)}
@@ -249,7 +267,10 @@ STYLE = """
 .crop-trace .chip i { color:var(--soft); font-size:.85em; }
 .crop-trace .chip.bad { border-color:var(--bad); background:var(--bad-paper); }
 .crop-trace .chip.bad i { color:var(--bad); }
-.crop-trace figure { margin:.6rem 0 .8rem; }
+.crop-trace .flow { display:flow-root; } .crop-trace .flow br { clear:both; }
+.crop-trace figure { float:left; clear:both; width:min-content; min-width:13rem; max-width:60%;
+  margin:.4rem 1rem .6rem 0; }
+@media (max-width: 36rem) { .crop-trace figure { float:none; max-width:100%; } }
 .crop-trace figure img { max-width:100%; height:auto; border-radius:6px; display:block; border:3px solid; }
 .crop-trace .right { color:var(--good); font-weight:600; } .crop-trace .wrong { color:var(--bad); font-weight:600; }
 """
@@ -272,12 +293,17 @@ PICTURE = """
 {#- #} y="{{ box.tag_y + box.tag_height / 2 }}" font-size="{{ box.tag_height * 0.8 }}">{{ box.number }}</text>
 {%- endfor -%}
 {%- endmacro -%}
+{%- macro picture(it) -%}
+<div class="picture" style="width:{{ it.display_width }}px">
+<img src="{{ it.data }}" alt="the image" width="{{ it.width }}" height="{{ it.height }}">
+<svg viewBox="0 0 {{ it.width }} {{ it.height }}" role="img" aria-label="regions of the calls">
+{%- for box in it.boxes %}{{ rect(box, 'halo') }}{{ rect(box, 'reference') }}{% endfor -%}
+{{ numbered(it.calls) }}</svg></div>
+{%- endmacro -%}
 """
 
 FLOW = """
-{%- macro flow(steps) -%}
-<div class="flow">
-{%- for step in steps -%}
+{%- macro stretch(step) -%}
 <span class="text">
 {%- for piece in step.pieces -%}
 {%- if loop.index is even -%}<span class="tag">{{ piece }}</span>{%- else -%}{{ piece }}{%- endif -%}
@@ -289,19 +315,20 @@ FLOW = """
 <i>{{ step.call.outcome }}{{ ': ' ~ step.note if step.note }}</i></span>
 {%- endif -%}
 {%- if step.crop -%}
-<figure><img src="{{ step.crop }}" alt="crop {{ step.number }}" style="width:{{ step.crop_width }}px;
+<br><figure><img src="{{ step.crop }}" alt="crop {{ step.number }}" style="width:{{ step.crop_width }}px;
 {#- #} border-color:{{ step.color }}">
 <figcaption class="small">Crop {{ step.number }}, as the model saw it: {{ step.crop_size }}
 {%- if step.call.box %}, cut from {{ step.call.box.as_list() | map('round') | map('int') | list }} of the original
 {%- endif %}</figcaption></figure>
 {%- endif -%}
-{%- endfor -%}
-</div>
+{%- endmacro -%}
+{%- macro flow(steps) -%}
+<div class="flow">{% for step in steps %}{{ stretch(step) }}{% endfor %}</div>
 {%- endmacro -%}
 """
 
 TEMPLATE = """
-{%- from "picture.html" import rect, numbered -%}
+{%- from "picture.html" import picture -%}
 {%- from "flow.html" import flow -%}
 {%- if page -%}
 <!doctype html>
@@ -313,13 +340,9 @@ TEMPLATE = """
 {% for section in sections %}{% set trace = section.trace -%}
 <section class="crop-trace">
 <h2>{{ trace.title }}</h2>
-<div class="picture" style="width:{{ section.display_width }}px">
-<img src="{{ section.picture }}" alt="the image" width="{{ trace.image.width }}" height="{{ trace.image.height }}">
-<svg viewBox="0 0 {{ trace.image.width }} {{ trace.image.height }}" role="img" aria-label="regions of the calls">
-{%- for box in section.boxes %}{{ rect(box, 'halo') }}{{ rect(box, 'reference') }}{% endfor -%}
-{{ numbered(section.calls) }}</svg></div>
+{{ picture(section.picture) }}
 <p class="small">{{ trace.image.width }} × {{ trace.image.height }} pixels
-{%- if section.boxes %}; dashed: annotated regions{% endif %}</p>
+{%- if section.picture.boxes %}; dashed: annotated regions{% endif %}</p>
 <h3>Question</h3><p class="question">{{ trace.question }}</p>
 <h3>Response</h3>{{ flow(section.reasoning) }}
 <h3>Answer</h3>
@@ -341,8 +364,11 @@ def html_environment() -> Environment:
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
 
-    files = {"picture.html": PICTURE, "flow.html": FLOW, "trace.html": TEMPLATE}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=DictLoader(files))
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=DictLoader({"picture.html": PICTURE, "flow.html": FLOW, "trace.html": TEMPLATE}),
+    )
     environment.globals |= {"style": Markup(STYLE), "page_style": Markup(PAGE_STYLE)}
     return environment
 

@@ -102,6 +102,25 @@ class VLLMEngine:
         self.backend.run(requests, answers, sampling.temperature)
         return [self.writer.rollout(row) for row in rows]
 
+    def stream(self, prompt: Prompt, sampling: SamplingParams, forced: Sequence[int] = ()) -> Iterator[Response]:
+        """One response to one prompt, given out at each of its calls and at its end; see `CropEngine.stream`."""
+        import torch
+
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
+        check_image_tokens(prompt.ids, prompt.images, self.renderer, "the prompt")
+        row = _Row(prompt, sampling.max_new_tokens, forced)
+        request = self._first_request(row, sampling)
+        while request is not None:
+            following: list[Request | None] = []
+
+            def write(completion: Completion, following: list = following) -> None:
+                following.append(self._answer(row, sampling, None, completion))
+
+            self.backend.run([request], [write], sampling.temperature)
+            request = following[0]
+            yield row
+
     def _first_request(self, row: _Row, sampling: SamplingParams) -> Request:
         """The prompt and, without a step of decoding, the forced tokens behind it with the crops that they call for."""
         for token in row.forced:

@@ -39,6 +39,7 @@ MAIN_FLAGS = {
         "--model_path",
         "JUDGE_API_KEY",
     ],
+    "web_demo.py": ["--model_path", "--host", "--port", "--share", "--max_upload_mb", "--temperature"],
     "inference.py": ["--model_path", "--image_path", "--question", "--output_json", "--save_trace", "--temperature"],
     "model_utils.py": ["--merge", "--output"],
     "train_grpo.py": [*BOTH_STAGES, "--sft_checkpoint", "--beta", "--reward_preset"],
@@ -189,7 +190,7 @@ def test_the_answering_command():
     )
     flags = vars(inference._parser().parse_args(argv))
     assert (flags.pop("image_path"), flags.pop("question")) == ("test_image.jpg", ["What is he holding?"])
-    assert (flags.pop("output_json"), flags.pop("save_trace")) == ("output.json", None)
+    assert (flags.pop("output_json"), flags.pop("save_trace"), flags.pop("stream")) == ("output.json", None, False)
     expected = replace(InferenceConfig(), model_path="outputs/grpo/final_model", max_new_tokens=512, temperature=0.7)
     assert build(InferenceConfig, flags) == expected
 

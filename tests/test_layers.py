@@ -17,16 +17,16 @@ FLOORS = {
             "data_check data_sheet token_view visualize rollouts benchmark_data format_parts vllm_server",
             "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs "
             "packed_linear rollout_pages",
-            "decoding sft_data trackers",
+            "decoding sft_data trackers streaming",
             "generation",
             "scoring resuming",
             "trainers training inference",
             "train_sft evaluate convert_data",
-            "watching",
+            "watching web_page",
             "train_grpo",
             "demo probe",
             "train_qwenvl_25",  # --demo opens demo.py
-            "configure_training example_usage",
+            "configure_training example_usage web_demo",
         )
     )
     for name in names.split()

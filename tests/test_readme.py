@@ -18,8 +18,9 @@ import evaluate
 import inference
 import model_utils
 import rollout_pages
+import web_demo
 from command_line import parse_training
-from config import EvaluationConfig, build
+from config import EvaluationConfig, WebConfig, build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +63,7 @@ def test_readme_has_commands_for_every_door():
         "convert_data.py",
         "data_utils.py",
         "model_utils.py",
+        "web_demo.py",
     }
     assert doors <= scripts
 
@@ -84,6 +86,8 @@ def test_command_parses_as_written(command, project, capsys):
         assert model_utils.merge_parser().parse_args(flags).merge == "outputs/grpo/final_model"
     elif script == "configure_training.py" and "--probe" in flags:
         assert configure_training.build_parser().parse_args(flags).probe == "sft"
+    elif script == "web_demo.py":
+        assert build(WebConfig, vars(web_demo._parser().parse_args(flags))).host == "127.0.0.1"
     elif script == "configure_training.py":
         configure_training.main(flags)
         out = capsys.readouterr().out
@@ -148,7 +152,7 @@ def test_relative_links_lead_somewhere():
 
 
 def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):
-    code = next(block for block in blocks("python") if "QwenVLInference" in block)
+    code = "\n".join(block for block in blocks("python") if "inference" in block)
     code = code.replace("outputs/grpo/final_model", str(base_folder)).replace("max_new_tokens=512", "max_new_tokens=8")
     from PIL import Image
 
@@ -156,4 +160,5 @@ def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):
     names = {"image": picture, "images": [picture] * 2, "questions": ["What?", "Where?"]}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["results"]) == 2
+    assert names["news"].text == names["inference"].generate(picture, names["news"].question).text
     assert (project / "trace.html").is_file()

@@ -13,7 +13,7 @@ from crop_tool import Box, CropContract, ToolCall, run_call
 from response_format import find_calls, parse_response
 from traces import Trace, save_trace, trace_fragment, trace_html, trace_steps
 
-VOID = {"meta", "img", "rect"}
+VOID = {"meta", "img", "rect", "br"}
 TEXT = (
     "<think>\nFirst <tool_call>[0, 0, 224, 224]</tool_call> a cat, then <tool_call>[5, 5, 1]</tool_call> and "
     "<tool_call>[300, 300, 200, 400]</tool_call> and <tool_call>[400, 224, 600, 448]</tool_call>.\n</think>\n\n"

@@ -316,6 +316,15 @@ def test_limits_and_withheld_crops_are_those_of_our_engine(on_vllm, engine, prom
 
 
 @needs_vllm
+def test_a_stream_is_the_rollout_that_generate_gives(on_vllm, prompts, scripts):
+    sampling = SamplingParams(110, temperature=0.0)
+    for prompt, script in zip(prompts, scripts, strict=True):
+        *_, last = responses = list(on_vllm.stream(prompt, sampling, script))
+        assert all(response is last for response in responses)
+        assert_same([on_vllm.writer.rollout(last)], on_vllm.generate([prompt], sampling, forced=[script]))
+
+
+@needs_vllm
 def test_progress_counts_every_rollout_once(on_vllm, prompts):
     finished = []
     on_vllm.generate(prompts, SamplingParams(4, seed=0), counts=[1, 0, 3], on_finish=finished.append)
