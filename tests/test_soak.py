@@ -147,7 +147,7 @@ TAGS = set(
         "figure",
     ]
 )
-TAGS |= {"figcaption"}
+TAGS |= {"br", "figcaption"}
 COUNTED: list[int] = []
 
 
