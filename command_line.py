@@ -215,7 +215,8 @@ def _fill_paths(settings: TrainingSettings, files: dict, own: dict) -> TrainingS
 
 
 # Settings of TRL that this project decides by itself, or whose work its own code does: nobody would read them.
-RESERVED = {"dataset_kwargs", "remove_unused_columns", "max_length", "packing", "model_init_kwargs", "trust_remote_code"}
+RESERVED = {"dataset_kwargs", "remove_unused_columns", "max_length", "packing"}
+RESERVED |= {"model_init_kwargs", "trust_remote_code"}
 RESERVED_IN = {
     "sft": {"assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_num_proc", "eos_token"}
     | {"pad_token", "chat_template_path", "eval_packing", "packing_strategy", "truncation_mode", "pad_to_multiple_of"},
