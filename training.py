@@ -28,6 +28,7 @@ from memory_model import out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model
 from resuming import StopOnSignal
 from sharding import zero_stage
+from traces import write_whole
 from trackers import check_trackers
 from visualize import plot_training_curves
 
@@ -257,8 +258,9 @@ def finish(trainer: Trainer, loaded: LoadedModel, settings: TrainingSettings, st
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         log = {"settings": _stage_settings(settings, stage), "history": history}
-        Path(output_dir, LOG_FILE).write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
-        plot_training_curves({stage: history}, Path(output_dir, CURVES_FILE))
+        with full_disk_reported(output_dir, LOG_FILE):
+            write_whole(Path(output_dir, LOG_FILE), (json.dumps(log, indent=2) + "\n").encode())
+            plot_training_curves({stage: history}, Path(output_dir, CURVES_FILE))
         print(f"saved {folder}, {LOG_FILE} and {CURVES_FILE} in {output_dir}", flush=True)
     return folder
 
