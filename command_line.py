@@ -214,13 +214,18 @@ def _fill_paths(settings: TrainingSettings, files: dict, own: dict) -> TrainingS
 # --------------------------------------------------------------------------------------- contradictions
 
 
-# Settings of TRL that this project decides by itself, or whose work its own code does.
-RESERVED = {"dataset_kwargs", "remove_unused_columns", "max_length", "packing", "model_init_kwargs"}
+# Settings of TRL that this project decides by itself, or whose work its own code does: nobody would read them.
+RESERVED = {"dataset_kwargs", "remove_unused_columns", "max_length", "packing"}
+RESERVED |= {"model_init_kwargs", "trust_remote_code"}
 RESERVED_IN = {
     "sft": {"assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_num_proc", "eos_token"}
     | {"pad_token", "chat_template_path", "eval_packing", "packing_strategy", "truncation_mode", "pad_to_multiple_of"},
     "grpo": {"use_vllm", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"}
-    | {"use_transformers_continuous_batching", "chat_template_kwargs", "reward_weights"},
+    | {"use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged"}
+    | {"chat_template_kwargs", "reward_weights", "num_generations_eval", "max_tool_calling_iterations"}
+    | {"vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_group_port"}
+    | {"vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"}
+    | {"vllm_tensor_parallel_size", "vllm_max_model_length"},
 }
 
 

@@ -20,7 +20,7 @@ from crop_tool import CALL_CLOSE
 from kv_cache import RaggedCache
 from rollouts import Response, SamplingParams
 from sampling import choose, draw_uniforms
-from step_graphs import Recorder, StepGraphs, cuda_recorder
+from step_graphs import CudaRecorder, Recorder, StepGraphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,8 +70,8 @@ class Decoder:
 
     def recorder(self) -> Recorder | None:
         """What records decode steps, where that is wanted and the model is on one GPU."""
-        devices = set((getattr(self.base, "hf_device_map", None) or {}).values())
-        return cuda_recorder() if self.cuda_graphs and self.base.device.type == "cuda" and len(devices) < 2 else None
+        device, devices = self.base.device, set((getattr(self.base, "hf_device_map", None) or {}).values())
+        return CudaRecorder() if self.cuda_graphs and device.type == "cuda" and len(devices) < 2 else None
 
     def encode(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
         """The features of each shown image, (tokens, hidden)."""

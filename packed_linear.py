@@ -27,7 +27,8 @@ class PackedLinears:
     """
 
     def __init__(self, model: torch.nn.Module, rows: int) -> None:
-        layers = [module for module in model.modules() if _can_be_packed(module)] if _has_onednn() else []
+        usable = _has_onednn() and not torch.is_autocast_enabled("cpu")  # which oneDNN's operation would bypass
+        layers = [module for module in model.modules() if _can_be_packed(module)] if usable else []
         if 4 * sum(layer.weight.numel() for layer in layers) > MEMORY_SHARE * psutil.virtual_memory().available:
             layers = []
         pack = torch.ops.mkldnn._reorder_linear_weight if layers else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import lru_cache
 
 import torch
 
@@ -44,7 +44,8 @@ class StepGraphs:
             return self.recorded[key](table)
         logits = step(table)
         try:
-            replay = self.record(step, table)
+            # Recorded on zeros, where no row runs: what the recording kept of its table shows in the replay.
+            replay = self.record(step, torch.zeros_like(table))
             difference = (replay(table) - logits).abs().max() / logits.abs().max()
         except (RuntimeError, AssertionError) as error:
             self._give_up(f"it could not be recorded ({str(error).splitlines()[0]})")
@@ -63,25 +64,42 @@ class StepGraphs:
         warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {reason}", stacklevel=2)
 
 
-def cuda_recorder() -> Recorder:
-    """Records steps as CUDA graphs that share one pool of memory; the tables' shapes must not change for a key."""
-    return partial(_record, pool=torch.cuda.graph_pool_handle())
+class CudaRecorder:
+    """Records steps as CUDA graphs that share memory; the tables' shapes must not change for a key."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.first: Step | None = None
+
+    def __call__(self, step: Step, table: torch.Tensor) -> Step:
+        if self.first is None:
+            self.first = self._record(torch.clone, table)  # torch takes no second graph into a pool whose graphs died
+        return self._record(step, table)
+
+    def _record(self, step: Step, table: torch.Tensor) -> Step:
+        own = table.clone()
+        graph = torch.cuda.CUDAGraph()
+        kind, stream = torch.get_autocast_dtype("cuda"), _recording_stream(table.device)
+        with (
+            torch.cuda.device(table.device),
+            # A recording that fails would leave its stream the current one.
+            torch.cuda.stream(torch.cuda.current_stream(table.device)),
+            # Autocast would keep its copies of the weights for after the recording, where nothing fills them.
+            torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
+            # Other threads, such as those that load data or watch NCCL, may use the GPU meanwhile.
+            torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            logits = step(own)
+
+        def replay(table: torch.Tensor) -> torch.Tensor:
+            own.copy_(table)
+            graph.replay()
+            return logits
+
+        return replay
 
 
-def _record(step: Step, table: torch.Tensor, pool: tuple[int, int]) -> Step:
-    own = table.clone()
-    graph = torch.cuda.CUDAGraph()
-    kind = torch.get_autocast_dtype("cuda")
-    # Autocast would keep its copies of the weights for after the recording, where nothing fills them.
-    with (
-        torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
-        torch.cuda.graph(graph, pool=pool),
-    ):
-        logits = step(own)
-
-    def replay(table: torch.Tensor) -> torch.Tensor:
-        own.copy_(table)
-        graph.replay()
-        return logits
-
-    return replay
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps memory for each stream that it has seen."""
+    return torch.cuda.Stream(device)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
@@ -221,6 +222,10 @@ def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage:
         sharding = {2: "zero2", 3: "zero3"}.get(zero_stage(trainer), "fsdp2" if trainer.is_fsdp_enabled else "ddp")
         longest = max(trainer.train_dataset.with_format(None)["length"])
         run = run_of(settings, stage, trainer.args.world_size, sharding, longest)
+        if isinstance(trainer.model, PeftModel):  # also one that was trained before, whatever `use_lora` says
+            method = "qlora" if settings.model.load_in_4bit else "lora"
+            rank = trainer.model.peft_config["default"].r
+            run = dataclasses.replace(run, method=method, lora_r=rank, half_weights=False)
         model = Architecture.from_config(trainer.model.config.to_dict())
         raise SettingsError(out_of_memory_message(model, run, stage)) from None
 

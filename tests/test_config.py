@@ -226,6 +226,12 @@ def test_a_field_of_trl_that_would_break_the_data_is_refused(name, capsys):
     assert message in refused(capsys, f"--{name}", "true", stages=("sft",))
 
 
+@pytest.mark.parametrize("name", ["vllm_tensor_parallel_size", "vllm_server_host", "trust_remote_code"])
+def test_a_field_of_trl_whose_work_our_own_code_does_is_refused(name, capsys):
+    message = f"grpo: {name} is set by this project and cannot be passed on to TRL"
+    assert message in refused(capsys, f"--{name}", "4", stages=("grpo",))
+
+
 # --------------------------------------------------------------------------------------- contradictions
 
 

@@ -147,3 +147,28 @@ def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line or "saves about" in line]
     assert lines[0].startswith("train_sft.py: out of memory. SFT takes about")
     assert len(lines) == 4 and "--batch_size 2 --gradient_accumulation_steps 8" in lines[1]
+
+
+def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_folder, tmp_path, monkeypatch):
+    """R-GRPO on an SFT adapter trains it without `use_lora`."""
+    from test_trainers import LORA, grpo_trainer, settings_for
+
+    from model_utils import load_for_training, save_companions
+    from training import train
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    sft = settings_for("sft", base_folder, data_folder, tmp_path, **LORA)
+    loaded = load_for_training(sft.model, sft.data, sft.sft, str(base_folder))
+    loaded.model.save_pretrained(tmp_path / "adapter")
+    save_companions(tmp_path / "adapter", loaded.processor, loaded.contract, None)
+    flags = {"sft_checkpoint": str(tmp_path / "adapter"), "gradient_accumulation_steps": 2, "beta": 0.1}
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", **flags)
+    _, trainer = grpo_trainer(settings)
+    told = []
+    monkeypatch.setattr("training.out_of_memory_message", lambda model, run, stage: told.append(run) or "")
+    monkeypatch.setattr("trainers.CropGRPOTrainer._generate", fail)
+    with pytest.raises(SettingsError):
+        train(trainer, settings, "grpo")
+    assert (told[0].method, told[0].lora_r) == ("lora", 8)

@@ -63,6 +63,15 @@ def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch):
     assert len(PackedLinears(layers(), 8).packed) == 2
 
 
+def test_rollouts_under_autocast_are_left_to_autocast(trainable_model, renderer, monkeypatch):
+    prompts = [renderer.prompt("Where?", Image.effect_noise((500, 448), 90).convert("RGB"))]
+    engine, sampling = CropEngine(trainable_model, renderer), SamplingParams(6, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = engine.generate(prompts, sampling, 2)
+        monkeypatch.setattr(packed_linear, "LEAST_NUMBERS", 4096)  # some layers, not all
+        assert engine.generate(prompts, sampling, 2) == plain
+
+
 def test_layers_under_an_adapter_are_packed_and_the_adapter_counts():
     torch.manual_seed(0)
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(512, 1024)), LoraConfig(target_modules=["0"]))

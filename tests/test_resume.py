@@ -28,8 +28,9 @@ from checkpoints import (
     put_in_place,
 )
 from config import SettingsError
+from crop_tool import CropContract
 from resuming import StopOnSignal
-from training import exit_with_message, find_checkpoint, finish, train
+from training import begin, exit_with_message, find_checkpoint, finish, train
 
 ROOT = Path(__file__).parent.parent
 # What a clock or the machine says, not the run.
@@ -323,6 +324,30 @@ def test_a_disk_too_full_for_the_final_model_keeps_the_last_checkpoint(base_fold
     loaded, trainer = sft_trainer(settings)
     train(trainer, settings, "sft")
     assert finish(trainer, loaded, settings, "sft", str(folder)).is_dir()
+
+
+def test_a_disk_that_fills_up_under_the_log_leaves_no_half_of_it(base_folder, data_folder, tmp_path, monkeypatch):
+    """Half a log would end every further run of the same command."""
+    settings, trainer = build("sft", base_folder, data_folder, tmp_path, {"max_steps": 1})
+    train(trainer, settings, "sft")
+    loaded = SimpleNamespace(processor=trainer.processing_class, contract=CropContract())
+    write = Path.write_bytes
+
+    def fill_the_disk(path: Path, data: bytes | str, **_) -> None:
+        if "training_log" not in path.name:
+            return write(path, data.encode() if isinstance(data, str) else data)
+        write(path, data[:40].encode() if isinstance(data, str) else data[:40])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", fill_the_disk)
+        patched.setattr(Path, "write_text", fill_the_disk)
+        with pytest.raises(StoppedError, match=r"no space was left .* final_model was saved; .*checkpoint-1 was"):
+            finish(trainer, loaded, settings, "sft", str(tmp_path))
+    assert not [path for path in tmp_path.iterdir() if "training_log" in path.name]
+    assert begin("SFT", settings, "sft") is None
+    finish(trainer, loaded, settings, "sft", str(tmp_path))
+    assert begin("SFT", settings, "sft") == tmp_path / "final_model"
 
 
 def test_torchs_own_error_on_a_full_disk_is_known(tmp_path, monkeypatch):
