@@ -71,7 +71,8 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
         raise
     except Exception as error:  # whatever broken bytes lead a decoder into
         reason = str(error) if is_path else type(error).__name__
-        raise ValueError(f"unreadable image {text:.80}: {reason}") from None
+        shown = text if is_path and len(text) <= 1000 else f"{text:.80}"  # a data URI may have megabytes
+        raise ValueError(f"unreadable image {shown}: {reason}") from None
 
 
 def _open(source: Path | str) -> Image.Image:
