@@ -57,6 +57,11 @@ def put_in_place(filled: str | Path, folder: str | Path) -> None:
 
     write_folder(folder, move)
     filled.rmdir()
+    parent = os.open(Path(folder).parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)  # the new name, too, is on the disk then
+    finally:
+        os.close(parent)
 
 
 def fault_of(checkpoint: str | Path) -> str | None:
@@ -90,9 +95,14 @@ def newest_whole(output_dir: str | Path, say: Callable[[str], Any]) -> Path | No
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
+    """Remove what a save that was killed left; a checkpoint that was about to be replaced is put back."""
     for pattern in LEFTOVERS:
         for path in Path(output_dir).glob(pattern):
-            shutil.rmtree(path)
+            replaced = path.with_name(path.name[1:].removesuffix(".old"))
+            if path.suffix == ".old" and not replaced.exists():
+                os.replace(path, replaced)
+            else:
+                shutil.rmtree(path)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ CROP_PATIENCE = 8
 # With an empty queue the batch is made smaller when so large a share of its rows has finished.
 COMPACT_SHARE = 0.25
 # Rows get their slots in blocks of so many, because growing copies the cache.
-SLOT_BLOCK = 128
+SLOT_BLOCK = 256
 # Prompts and crops go through the model in groups of so many tokens at most, or one by one where they are longer.
 FORWARD_TOKENS = 8192
 

@@ -33,6 +33,8 @@ class CropEngine:
         the youngest go back to the queue, to be prefilled again later. A crop that would not fit a row that had the
         whole cache for itself is `over_limit`.
     cuda_graphs: on a GPU, record decode steps and replay them.
+
+    While it generates, the model's attention and linear layers are its own: one thread at a time may use the model.
     """
 
     def __init__(

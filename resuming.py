@@ -156,7 +156,8 @@ class Resumable:
             return
         file = self._progress_file(self._resumed_from)
         if file.is_file():
-            self.restore(torch.load(file, weights_only=True))
+            device = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch knows no place `cpu:0`
+            self.restore(torch.load(file, map_location=device, weights_only=True))
         else:
             print(f"{file} is not there (another number of processes?): what follows is not exactly the same run")
         self._resumed_from = None

@@ -26,6 +26,7 @@ from checkpoints import (
     full_disk_reported,
     newest_whole,
     put_in_place,
+    remove_leftovers,
 )
 from config import SettingsError
 from crop_tool import CropContract
@@ -223,6 +224,17 @@ def test_a_broken_checkpoint_is_skipped_with_its_fault_for_the_one_before(tmp_pa
     said = []
     assert newest_whole(tmp_path, said.append) == whole
     assert len(said) == 1 and said[0].startswith(f"skipped {broken}") and fault in said[0]
+
+
+def test_a_checkpoint_whose_replacement_was_killed_between_two_names_comes_back(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, 10)
+    checkpoint.rename(tmp_path / ".checkpoint-10.old")
+    (tmp_path / ".checkpoint-10.partial").mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"] and fault_of(checkpoint) is None
+    (tmp_path / ".checkpoint-10.old").mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"] and fault_of(checkpoint) is None
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_in_silence(tmp_path):
