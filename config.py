@@ -115,8 +115,10 @@ class SFTStageConfig(StageConfig):
     early_stopping_patience: int | None = setting(
         None, "stop after so many evaluations without a better validation loss [off]"
     )
-    eval_steps: float = setting(
-        0.1, "optimizer steps between two evaluations on the validation data; under 1: a share of all steps"
+    eval_steps: float | None = setting(
+        None,
+        "optimizer steps between two evaluations on the validation data; under 1: a share of all steps "
+        "[save_steps, else 0.1]",
     )
     padding_free: bool | None = setting(
         None, "put the rows of a batch behind each other instead of padding them [true on a GPU with sdpa]"

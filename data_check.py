@@ -181,7 +181,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:  # its own text counts lines inside the row
-        raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"bad JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"bad JSON: {error}") from None
     if not isinstance(row, dict):

@@ -157,14 +157,18 @@ TEMPLATE = """{%- from "picture.html" import rect, numbered -%}
 {%- if row.picture %}<div class="picture"><img src="{{ row.picture }}" alt="" loading="lazy" width="{{ row.width }}"
  height="{{ row.height }}"><svg viewBox="0 0 {{ row.width }} {{ row.height }}">{{ numbered(row.boxes) }}</svg></div>
 {%- endif %}
-<p class="small">line {{ row.line }}, QnA[{{ row.entry }}] · {{ row.image_path }}
+<p class="small">line {{ row.line }}, QnA[{{ row.entry }}]{% if row.image_path %} · {{ row.image_path }}{% endif %}
 {%- if row.picture %} · {{ row.width }} × {{ row.height }}{% endif %}</p>
+{%- if row.question %}
 <h3>Question</h3><p class="question">{{ row.question }}</p>
+{%- endif %}
+{%- if row.response %}
 <h3>Answer</h3><p class="answer">
 {%- for part in row.parts -%}
 {%- if part.number -%}<b class="number" style="background:{{ part.color }}">{{ part.number }}</b> <code>{{ part.text }}
 {#- #}</code>{%- else -%}{{ part.text }}{%- endif -%}
-{%- endfor -%}</p></article>
+{%- endfor -%}</p>
+{%- endif %}</article>
 {%- endfor %}
 </div></section><script>{{ script }}</script></body></html>
 """
