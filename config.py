@@ -365,7 +365,7 @@ class TrainingSettings:
             print(self.table(), flush=True)
 
     def table(self) -> str:
-        """The resolved settings, one a line; what TRL keeps at its own default is left out."""
+        """The resolved settings, one a line, without TRL's own defaults, and the judge's where there is none."""
         lines = []
         for name, part in (
             ("model", self.model),
@@ -376,6 +376,8 @@ class TrainingSettings:
             if part is None:
                 continue
             values = {k: v for k, v in asdict(part).items() if k != "trl"} | asdict(part).get("trl", {})
+            if values.get("judge_url") is None:  # no judge: its other settings say nothing
+                values = {key: value for key, value in values.items() if not key.startswith("judge_")}
             lines += [
                 f"[{name}]",
                 *(f"  {key:<30} {value}" for key, value in values.items() if value is not None),

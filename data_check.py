@@ -285,6 +285,7 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
         gen_kwargs={"ranges": byte_ranges(path, processes), "checker": checker},
         num_proc=processes if processes > 1 else None,
         fingerprint=fingerprint,
+        split=datasets.NamedSplit("checked"),  # the name that its progress bar shows
     )
 
 
