@@ -115,8 +115,10 @@ class SFTStageConfig(StageConfig):
     early_stopping_patience: int | None = setting(
         None, "stop after so many evaluations without a better validation loss [off]"
     )
-    eval_steps: float = setting(
-        0.1, "optimizer steps between two evaluations on the validation data; under 1: a share of all steps"
+    eval_steps: float | None = setting(
+        None,
+        "optimizer steps between two evaluations on the validation data; under 1: a share of all steps "
+        "[save_steps, else 0.1]",
     )
     padding_free: bool | None = setting(
         None, "put the rows of a batch behind each other instead of padding them [true on a GPU with sdpa]"
@@ -368,7 +370,7 @@ class TrainingSettings:
             print(self.table(), flush=True)
 
     def table(self) -> str:
-        """The resolved settings, one a line; what TRL keeps at its own default is left out."""
+        """The resolved settings, one a line, without TRL's own defaults, and the judge's where there is none."""
         lines = []
         for name, part in (
             ("model", self.model),
@@ -379,6 +381,8 @@ class TrainingSettings:
             if part is None:
                 continue
             values = {k: v for k, v in asdict(part).items() if k != "trl"} | asdict(part).get("trl", {})
+            if values.get("judge_url") is None:  # no judge: its other settings say nothing
+                values = {key: value for key, value in values.items() if not key.startswith("judge_")}
             lines += [
                 f"[{name}]",
                 *(f"  {key:<30} {value}" for key, value in values.items() if value is not None),

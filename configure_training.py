@@ -292,7 +292,7 @@ def hours(
 
 
 def training_command(
-    choice: Recommendation, paths: dict[str, str], config_dir: Path | None = None, stage: str = "both"
+    choice: Recommendation, paths: dict[str, str | None], config_dir: Path | None = None, stage: str = "both"
 ) -> str:
     """The command that trains with these settings; with `config_dir` they come from its files."""
     launcher = ["python"]
@@ -309,10 +309,10 @@ def training_command(
     return shlex.join(words + training_flags(choice, paths, stage))
 
 
-def training_flags(choice: Recommendation, paths: dict[str, str], stage: str = "both") -> list[str]:
+def training_flags(choice: Recommendation, paths: dict[str, str | None], stage: str = "both") -> list[str]:
     words = []
     for name, path in paths.items():
-        words += [f"--{name}", path]
+        words += [f"--{name}", path] if path is not None else []
     if choice.model_name != DEFAULT_MODEL:
         words += ["--model_name", choice.model_name]
     if choice.use_lora:
@@ -376,7 +376,7 @@ def fits_table(choice: Recommendation) -> list[str]:
     return lines
 
 
-def save_configs(choice: Recommendation, folder: Path, paths: dict[str, str]) -> None:
+def save_configs(choice: Recommendation, folder: Path, paths: dict[str, str | None]) -> None:
     """Write the four settings files: those of `configs/` with the recommendation over them."""
     shared = {
         "per_device_train_batch_size": choice.batch_size,
@@ -419,7 +419,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--dataset_size", type=int, help="images in the training data")
-    size.add_argument("--data", type=Path, help="training JSONL to count instead")
+    size.add_argument("--data", type=Path, help="training JSONL to count instead; a val.jsonl beside it validates")
     parser.add_argument("--gpu_memory", type=float, required=True, help="memory of one GPU in GB")
     parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of that size [1]")
     parser.add_argument(
@@ -471,7 +471,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"configure_training.py: {error}\n")
 
 
-def _probe(choice: Recommendation, paths: dict[str, str], args: argparse.Namespace) -> tuple[Recommendation, float]:
+def _probe(
+    choice: Recommendation, paths: dict[str, str | None], args: argparse.Namespace
+) -> tuple[Recommendation, float]:
     """The recommendation at the largest batch size that two real steps fit, and the tokens a second that they made."""
     from probe import largest_batch
 
@@ -496,7 +498,10 @@ def _probe(choice: Recommendation, paths: dict[str, str], args: argparse.Namespa
 
 
 def run(args: argparse.Namespace) -> None:
-    paths = PATHS | {"image_base_path": args.image_base_path} | ({"train_data": str(args.data)} if args.data else {})
+    paths: dict[str, str | None] = {**PATHS, "image_base_path": args.image_base_path}
+    if args.data:
+        beside = args.data.with_name("val.jsonl")
+        paths |= {"train_data": str(args.data), "val_data": str(beside) if beside.is_file() else None}
     dataset_size = count_images(args.data) if args.data else args.dataset_size
     lengths = {name: getattr(args, name) for name in LENGTHS}
     lengths = Run(gradient_checkpointing=args.gradient_checkpointing, **lengths)

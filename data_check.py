@@ -180,7 +180,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:  # its own text counts lines inside the row
-        raise ValueError(f"bad JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"bad JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"bad JSON: {error}") from None
     if not isinstance(row, dict):
@@ -316,6 +316,7 @@ def check_file(data: DataConfig, contract: CropContract, renderer: Renderer | No
         gen_kwargs={"ranges": byte_ranges(path, processes), "checker": checker},
         num_proc=processes if processes > 1 else None,
         fingerprint=fingerprint,
+        split=datasets.NamedSplit("checked"),  # the name that its progress bar shows
     )
     refuse_changed(path, about)
     return table

@@ -128,7 +128,8 @@ TEMPLATE = """{%- from "picture.html" import rect, numbered -%}
 .crop-trace.sheet { max-width:100rem; }
 .sheet .bar { position:sticky; top:0; z-index:1; background:var(--paper); padding:.6rem 0; display:flex; gap:.8rem;
   flex-wrap:wrap; align-items:center; }
-.sheet .cards { display:grid; grid-template-columns:repeat(auto-fill, minmax(22rem, 1fr)); gap:1rem; }
+.sheet .cards { display:grid; grid-template-columns:repeat(auto-fill, minmax(22rem, 1fr)); gap:1rem;
+  align-items:start; }
 .sheet .card { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:.8rem;
   content-visibility:auto; contain-intrinsic-size:auto 30rem; }
 .sheet .card.bad { border-color:var(--bad); } .sheet .card[hidden] { display:none; }
@@ -157,14 +158,18 @@ TEMPLATE = """{%- from "picture.html" import rect, numbered -%}
 {%- if row.picture %}<div class="picture"><img src="{{ row.picture }}" alt="" loading="lazy" width="{{ row.width }}"
  height="{{ row.height }}"><svg viewBox="0 0 {{ row.width }} {{ row.height }}">{{ numbered(row.boxes) }}</svg></div>
 {%- endif %}
-<p class="small">line {{ row.line }}, QnA[{{ row.entry }}] · {{ row.image_path }}
+<p class="small">line {{ row.line }}, QnA[{{ row.entry }}]{% if row.image_path %} · {{ row.image_path }}{% endif %}
 {%- if row.picture %} · {{ row.width }} × {{ row.height }}{% endif %}</p>
+{%- if row.question %}
 <h3>Question</h3><p class="question">{{ row.question }}</p>
+{%- endif %}
+{%- if row.response %}
 <h3>Answer</h3><p class="answer">
 {%- for part in row.parts -%}
 {%- if part.number -%}<b class="number" style="background:{{ part.color }}">{{ part.number }}</b> <code>{{ part.text }}
 {#- #}</code>{%- else -%}{{ part.text }}{%- endif -%}
-{%- endfor -%}</p></article>
+{%- endfor -%}</p>
+{%- endif %}</article>
 {%- endfor %}
 </div></section><script>{{ script }}</script></body></html>
 """

@@ -182,6 +182,11 @@ def main(argv: list[str] | None = None) -> int:
         data = DataConfig(train_data=path, **{k: convert(k, v, hints[k]) for k, v in options.items()})
         if not Path(path).is_file():
             raise SettingsError(f"{path}: there is no such file")
+        if not Path(data.image_base_path).is_dir():
+            raise SettingsError(
+                f"image_base_path is {data.image_base_path}, but there is no such folder: give the one that the "
+                "image_path of each row starts from"
+            )
         if own["from_frame"] and not own["convert_boxes"]:
             raise SettingsError("--from_frame was given without --convert_boxes: name the file to write")
         if own["show"] is not None:

@@ -128,7 +128,8 @@ def own_reward(demo: Path) -> None:
     loaded = load_for_training(settings.model, settings.data, config, config.sft_checkpoint)
     trainer = build_trainer(loaded, settings, (*reward_parts("balanced"), RewardPart("brevity", brevity, 0.2)))
     train(trainer, settings, "grpo")
-    print({key: value for key, value in trainer.state.log_history[0].items() if key.startswith("rewards/")})
+    log = next(line for line in trainer.state.log_history if "rewards/brevity/mean" in line)
+    print({key: value for key, value in log.items() if key.startswith("rewards/")})
 
 
 EXAMPLES = {

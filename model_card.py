@@ -123,7 +123,7 @@ def _data_summary(settings: dict[str, Any], stage_folder: Path) -> dict[str, Any
             found["faulty entries skipped"] = f"{sum(1 for line in lines if line.strip()):,}"
     if data["val_data"]:
         found["validation data"] = f"`{Path(data['val_data']).name}`"
-    return found | {"longest example, tokens": data["max_length"]}
+    return found | {"tokens an example at most": data["max_length"]}
 
 
 def _figures(history: list[dict[str, Any]]) -> list[dict[str, str]]:

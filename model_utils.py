@@ -87,7 +87,13 @@ def load_processor(path: str, given: dict[str, Any] | None = None) -> tuple[Qwen
     from transformers import AutoProcessor
 
     _require_exists(path)
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # no such model on the hub, no way to it, or a folder without one
+        raise SettingsError(
+            f"the model {path} cannot be loaded: {str(error).strip().splitlines()[0]} Check the name and the "
+            "connection, or give a folder that holds the model"
+        ) from None
     images = processor.image_processor
     factor = images.patch_size * images.merge_size
     contract = load_contract(path, given or {}, factor)

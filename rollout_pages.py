@@ -191,8 +191,8 @@ TEMPLATE = """
 <h1>Rollouts of step {{ step }}</h1>
 <p class="small">{{ sections | length }} of {{ total }} groups, {{ count }} rollouts, of the first process. In each
 group the best and the worst are open. Dashed: annotated regions; numbered: the calls; yellow: all calls of the group.
-A rollout of the file beside this page opens token by token:
-<code>python rollout_pages.py step_{{ '%06d' % step }}.jsonl --show N</code></p>
+A rollout N of the file beside this page opens token by token:
+<code>python rollout_pages.py FOLDER/step_{{ '%06d' % step }}.jsonl --show N</code></p>
 </section>
 {% for section in sections -%}
 <section class="crop-trace" style="--picture:url('{{ section.picture }}')">

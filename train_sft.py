@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_training
-from config import SFTStageConfig, TrainingSettings
+from config import SettingsError, SFTStageConfig, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -42,11 +42,12 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
         "per_device_eval_batch_size": config.per_device_train_batch_size,
     }
     if has_validation:
+        # The best checkpoint must have been evaluated, so either setting alone decides both.
+        given = [steps for steps in (config.eval_steps, config.save_steps) if steps is not None] or [0.1]
         values |= {
             "eval_strategy": "steps",
-            "eval_steps": config.eval_steps,
-            # The best checkpoint must have been evaluated.
-            "save_steps": config.eval_steps if config.save_steps is None else config.save_steps,
+            "eval_steps": given[0],
+            "save_steps": given[-1],
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
@@ -55,7 +56,10 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
     if values.setdefault("dataloader_num_workers", 4 if torch.cuda.is_available() else 0):
         # Images are read and resized ahead of the step. On a CPU the workers would take its cores.
         values = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4} | values
-    return SFTConfig(**values)
+    try:
+        return SFTConfig(**values)
+    except ValueError as error:
+        raise SettingsError(f"TRL refuses the settings of the SFT stage: {error}") from None
 
 
 def build_trainer(

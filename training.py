@@ -32,8 +32,9 @@ from traces import write_whole
 from trackers import check_trackers
 from visualize import plot_training_curves
 
-# transformers 5.23 renames the field; the new name does not exist in 5.17, on which this also runs.
-warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+# transformers 5.23 renames the field, and the methods that TRL calls at every step; the new names do not exist in
+# 5.17, on which this also runs.
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated")
 
 LOG_FILE = "training_log.json"
 CURVES_FILE = "training_curves.png"

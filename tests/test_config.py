@@ -387,3 +387,11 @@ def test_four_bit_weights_of_a_stage_that_goes_on_with_an_adapter_need_no_use_lo
 def test_four_bit_weights_are_not_cut_up_over_gpus(capsys, monkeypatch, name):
     monkeypatch.setenv(*name)
     assert "use DDP or ZeRO-2" in refused(capsys, "--load_in_4bit", "--use_lora", stages=("sft",))
+
+
+def test_settings_of_a_judge_are_printed_only_where_there_is_one():
+    rules = resolve_training({}, ("grpo",)).table()
+    judge = {"judge_url": "http://localhost:8000/v1", "judge_model": "judge"}
+    judged = resolve_training(judge, ("grpo",)).table()
+    assert "judge" not in rules and "num_generations" in rules
+    assert all(name in judged for name in ("judge_url", "judge_cache", "judge_max_requests"))

@@ -146,7 +146,15 @@ def test_data_file_is_counted_and_named_in_the_command(tmp_path, capsys):
     configure_training.main(["--data", str(data), "--gpu_memory", "32"])
     assert "For 3 images" in capsys.readouterr().out
     configure_training.main(["--data", str(data), "--gpu_memory", "32", "--show_command"])
-    assert f"--train_data '{data}'" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"--train_data '{data}'" in out and "--val_data" not in out
+    data.with_name("val.jsonl").touch()
+    flags = ["--data", str(data), "--gpu_memory", "32"]
+    configure_training.main([*flags, "--show_command"])
+    assert f"--val_data {data.with_name('val.jsonl')}" in capsys.readouterr().out
+    data.with_name("val.jsonl").unlink()
+    configure_training.main([*flags, "--save_configs", str(tmp_path / "configs")])
+    assert json.loads((tmp_path / "configs/data_config.json").read_text())["val_data"] is None
 
 
 def test_missing_data_file_ends_with_a_message_and_no_traceback(tmp_path, capsys):

@@ -142,6 +142,8 @@ def test_sheet_shows_boxes_and_puts_faulty_rows_first(sheet):
     assert 'viewBox="0 0 320 200"' in sheet and 'x="200.0" y="50.0" width="100.0" height="100.0"' in sheet
     assert "5 of 5 entries are on this page, 3 of the file are faulty" in page.text
     assert "sample" not in page.text
+    gone = sheet[sheet.index('data-kind="missing image') :].partition("</article>")[0]
+    assert "<h3>" not in gone  # a heading with nothing under it
 
 
 def test_sheet_escapes_all_text_and_runs_no_script_but_its_own(sheet):

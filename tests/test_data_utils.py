@@ -74,6 +74,7 @@ def check(capsys, path, base, *flags):
 
 FAULTS = {
     "no JSON": ('{"image_path": ', r"bad JSON: Expecting value at character 15"),
+    "JSON cut off": ('{"image_path": "a', r"bad JSON: Unterminated string starting at character 16"),
     "no text": (b'{"image_path": "\xff"}', r"bad JSON: 'utf-8' codec can't decode byte 0xff in position 16: .*"),
     "nested without end": ("[" * 100_000, r"bad JSON: maximum recursion depth exceeded.*"),
     "key that stands twice": (
@@ -245,8 +246,11 @@ def test_check_refuses_settings_that_cannot_be_and_leaves_the_data_alone(
     assert (tmp_path / "train.jsonl").read_bytes() == before
 
 
-def test_check_of_a_missing_or_empty_file_is_refused(images, tmp_path, capsys):
+def test_check_of_a_missing_or_empty_file_or_folder_is_refused(images, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit) as stop:
+        check(capsys, str(tmp_path / "empty.jsonl"), tmp_path / "nowhere")
+    assert stop.value.code == 2 and "nowhere, but there is no such folder" in capsys.readouterr().err
     for name, message in (("none.jsonl", "there is no such file"), ("empty.jsonl", "is empty")):
         with pytest.raises(SystemExit) as stop:
             check(capsys, str(tmp_path / name), images)

@@ -503,3 +503,12 @@ def test_missing_tool_tokens_are_refused_under_lora(wordless):
     message = r"lacks \['<tool_call>', '</tool_call>'\]. .* train full weights \(leave --use_lora out\)"
     with pytest.raises(SettingsError, match=message):
         load_for_training(ModelConfig(), DataConfig(), LORA, wordless)
+
+
+@pytest.mark.parametrize("path", ["nobody/no-such-model", "empty"], ids=["hub", "folder"])
+def test_a_model_that_cannot_be_loaded_is_named_without_a_traceback(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if path == "empty":
+        path = str(tmp_path)
+    with pytest.raises(SettingsError, match=f"the model {re.escape(path)} cannot be loaded: .*Check the name"):
+        load_processor(path)

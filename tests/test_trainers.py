@@ -384,6 +384,22 @@ def test_finished_stage_is_not_trained_again_and_another_runs_checkpoint_is_refu
     assert "resuming from" in capsys.readouterr().out
 
 
+def test_save_steps_or_eval_steps_alone_decides_both(base_folder, data_folder, tmp_path):
+    """transformers wants the best checkpoint evaluated: it refuses save_steps that eval_steps does not divide."""
+    for flags, expected in (
+        ({}, (0.1, 0.1)),
+        ({"save_steps": 10}, (10, 10)),
+        ({"eval_steps": 5}, (5, 5)),
+        ({"save_steps": 10, "eval_steps": 5}, (5, 10)),
+    ):
+        settings = settings_for("sft", base_folder, data_folder, tmp_path, **flags)
+        arguments = train_sft.sft_arguments(settings.sft, has_validation=True)
+        assert (arguments.eval_steps, arguments.save_steps) == expected
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, save_steps=7, eval_steps=5)
+    with pytest.raises(SettingsError, match=r"TRL refuses .* multiple of the evaluation steps"):
+        train_sft.sft_arguments(settings.sft, has_validation=True)
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(base_folder, data_folder, tmp_path):
     flags = {"val_data": f"{data_folder}/val.jsonl", "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
     settings = settings_for("sft", base_folder, data_folder, tmp_path, max_steps=20, learning_rate=1e-12, **flags)
