@@ -1,4 +1,4 @@
-"""What the README says is so: its commands parse, its settings and files exist, its pieces of code run."""
+"""What README and docs say is so: their commands parse, their settings and files exist, their pieces of code run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from command_line import parse_training
 from config import EvaluationConfig, WebConfig, build
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+README = "\n".join(PAGES.values())
 STAGES = {"train_sft.py": ("sft",), "train_grpo.py": ("grpo",), "train_qwenvl_25.py": ()}
 
 
@@ -146,9 +147,17 @@ def test_tree_names_every_file_and_no_other():
 
 
 def test_relative_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+    assert {page.name for page, _ in links} == {page.name for page in PAGES}
+    assert [link for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_links_to_a_heading_lead_to_one():
+    for page, text in PAGES.items():
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+            words = PAGES[(page.parent / target).resolve() if target else page]
+            titles = re.findall(r"^#+ (.+)$", words, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, heading
 
 
 def test_python_shown_runs_on_a_model(base_folder, project, monkeypatch):

@@ -219,11 +219,11 @@ def test_script_calls_leave_no_figure_undefined(base_folder, data_folder, tmp_pa
     assert all(math.isfinite(logged[f"crops/{name}"]) for name in names)
 
 
-def test_readme_has_each_alarm_with_its_limit():
+def test_the_page_has_each_alarm_with_its_limit():
     """Figure, direction and number, as they stand in the table."""
-    readme = (Path(watching.__file__).parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(watching.__file__).parent / "docs/watching.md").read_text(encoding="utf-8")
     for alarm in ALARMS:
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{alarm.figure}` |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{alarm.figure}` |"))
         direction = "over" if alarm.limit > alarm.recovered else "under"
         limit = f"{alarm.limit:.0f} times" if alarm.grows else f"{alarm.limit:.0%}"
         assert f"| {direction} {limit}" in row
