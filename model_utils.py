@@ -356,7 +356,8 @@ def save_companions(
     contract.save(folder)
     if settings is not None:
         settings.save(folder)
-    digest = weights_digest(base_model_of(folder)) if is_adapter(folder) else ""
+    base = base_model_of(folder) if is_adapter(folder) else None  # None, too, of a model that came from no folder
+    digest = weights_digest(base) if base else ""
     if digest:
         Path(folder, BASE_FILE).write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
 

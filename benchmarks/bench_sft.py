@@ -30,7 +30,7 @@ from conversation import IGNORED, Renderer, load_image
 from crop_tool import split_annotations
 from data_check import as_example
 from model_utils import LoadedModel, lora_config
-from sft_data import ExampleEncoder
+from sft_data import ROWS, ExampleEncoder
 from training import peak_memory
 
 SIDES = {
@@ -151,7 +151,7 @@ def check_equal(folder: Path, options: argparse.Namespace) -> float:
     losses = {}
     for side, (trainer, batch) in given.items():
         trainer.model.eval()
-        batch = {name: value.to(options.device) for name, value in batch.items()}
+        batch = {name: value.to(options.device) for name, value in batch.items() if name != ROWS}
         with torch.no_grad():
             losses[side] = trainer.compute_loss(trainer.model, batch).item()
     print(f"  loss on the same labels: {losses}", file=sys.stderr)

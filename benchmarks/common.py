@@ -269,5 +269,5 @@ def report(title: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace,
         print(f"  {name}: {value:.2f}" if isinstance(value, float) else f"  {name}: {value}")
     if args.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        found = {"title": title, "ratio": ratio, "rows": list(rows), **more, **vars(args), **versions}
+        found = {"title": title, "ratio": ratio, "rows": list(rows), **more, "arguments": vars(args), **versions}
         Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

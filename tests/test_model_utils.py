@@ -215,6 +215,16 @@ def test_a_missing_folder_is_named_and_not_looked_up_on_the_hub(path):
         load_weights(path, torch.float32, "auto")
 
 
+def test_an_adapter_of_a_model_that_came_from_no_folder_is_saved_without_a_digest(adapter, tmp_path):
+    folder, loaded = adapter
+    shutil.copytree(folder, tmp_path / "adapter")
+    (tmp_path / "adapter/base_weights.json").unlink()
+    named = json.loads((tmp_path / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
+    save_companions(tmp_path / "adapter", loaded.processor, loaded.contract, None)
+    assert not (tmp_path / "adapter/base_weights.json").exists()
+
+
 # -------------------------------------------------------------------------------------------- adapters
 
 
