@@ -56,7 +56,7 @@ class DataConfig:
     overlong: Literal["skip", "cut"] = setting("skip", "longer examples: skip the row, or cut it (never inside a crop)")
     min_box_side: int = setting(28, "smallest annotated box, original pixels; rows with a smaller one are faults")
     data_check: Literal["auto", "full", "lazy"] = setting(
-        "auto", "check all rows at start-up, or each when it is drawn (SFT only); auto: full up to 10,000 rows"
+        "auto", "check all training rows at start-up, or each when it is drawn; auto: full up to 10,000 rows"
     )
     num_proc: int | None = setting(None, "processes that check the data at start-up [one a core, 8 at most]")
     bad_rows_file: str | None = setting(None, "where faulty rows are written [<output_dir>/bad_rows.jsonl]")

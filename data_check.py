@@ -375,8 +375,6 @@ def load_examples(path: str, data: DataConfig, renderer: Renderer, bad_rows_file
         SettingsError: where no example is sound.
     """
     data = replace(data, train_data=path)
-    if data.data_check == "lazy" and is_main_process():
-        print(f"{path} is checked as a whole: only SFT's training data can be checked row by row when drawn")
     table = check_file(data, renderer.contract, renderer)
     faults = [row for row in table.select_columns(["line", "entry", "fault"]) if row["fault"]]
     sound = table

@@ -138,7 +138,7 @@ def _keep_longest(trainer: Trainer) -> None:
     """What fits for the longest rows fits for all."""
     rows = trainer.train_dataset
     steps = 2 * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    lengths = rows.with_format(None)["length"]
+    lengths = rows["length"]
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])
     trainer.train_dataset = rows.select(order[:steps])
 

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from checkpoints import STAGING, StoppedError, checkpoints_in, full_disk_reported, put_in_place
+from row_index import FaultLog
 
 Row = tuple[int, int]  # line of the data file, and place in its QnA
 
@@ -35,14 +36,21 @@ class Resumable:
     """For a trainer of TRL: exact, whole checkpoints, and a stop before a step that is not a number.
 
     companions: writes into the folder of a checkpoint what has to lie beside the weights.
+    fault_logs: for "train" and "eval" what counts and names faulty rows that are found when they are drawn.
 
     Full weights are loaded by the names under which transformers saved them: `save_pretrained` writes Qwen2.5-VL in the
     hub's layout (`visual.…`), but `Trainer` reads the file back as it is and skips, with no more than a warning, every
     name that it does not know. Adapters and sharded training have their own ways, which work.
     """
 
-    def __init__(self, *args: Any, companions: Callable[[str], None] | None = None, **kwargs: Any) -> None:
-        self._companions = companions
+    def __init__(
+        self,
+        *args: Any,
+        companions: Callable[[str], None] | None = None,
+        fault_logs: dict[str, FaultLog] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._companions, self.fault_logs = companions, fault_logs or {}
         self._staging: str | None = None
         self._resumed_from: str | None = None
         self._order: Any = None  # the sampler of the training data
@@ -101,6 +109,7 @@ class Resumable:
             "metrics": {
                 mode: {name: list(value) for name, value in values.items()} for mode, values in self._metrics.items()
             },
+            "faults": {mode: (log.drawn, log.skipped, sorted(log.known)) for mode, log in self.fault_logs.items()},
         }
 
     # ------------------------------------------------------------------------- stop in the middle of a step
@@ -146,6 +155,9 @@ class Resumable:
         self._globalstep_last_logged = progress["last_logged"]
         for mode, values in progress["metrics"].items():
             self._metrics[mode].update(values)
+        for mode, (drawn, skipped, known) in progress["faults"].items():
+            log = self.fault_logs[mode]
+            log.drawn, log.skipped, log.known = drawn, skipped, set(known)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._resumed_from = checkpoint
@@ -199,6 +211,15 @@ class Resumable:
             drawn = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps the one that draws
             drawn.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
+
+    # ------------------------------------------------------------------------------------------ faulty rows
+
+    def _count_faults(self, mode: str, drawn: int, faults: list[dict[str, Any]]) -> None:
+        """Of so many drawn rows, `faults` were left out."""
+        log = self.fault_logs[mode]
+        log.add(drawn, faults)
+        if log.skipped:
+            self._metrics[mode]["faulty_rows"] = [log.skipped]
 
     # -------------------------------------------------------------------------------------- not a number
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import parse_training
-from config import GRPOStageConfig, TrainingSettings
+from config import GRPOStageConfig, TrainingSettings, is_main_process
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,18 +74,20 @@ def build_trainer(
 ) -> CropGRPOTrainer:
     """The trainer of stage 2 on the prompts of `settings.data`; `parts` replaces the preset's reward."""
     from conversation import Renderer
-    from data_check import load_examples
+    from data_check import Checker
     from generation import SamplingParams
     from judge import Judge
     from model_utils import save_companions
     from rewards import reward_parts
+    from row_index import FaultLog, SoundRows, load_training_rows
     from trainers import CropGRPOTrainer
     from watching import Alarms, CropGain, RolloutKeeper, fixed_questions
 
     config, data = settings.grpo, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
     bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
-    examples = load_examples(data.train_data, data, renderer, bad_rows)
+    table = load_training_rows(data, renderer, bad_rows)
+    rows = SoundRows(table, Checker(data, renderer.contract, renderer))
     if parts is None:
         parts = reward_parts(config.reward_preset, config.global_reward_weight, config.region_reward_weight)
     keep, start = config.keep_rollouts_every, config.sft_checkpoint or settings.model.model_name
@@ -93,7 +95,7 @@ def build_trainer(
         model=loaded.model,
         args=grpo_arguments(config, [part.weight for part in parts]),
         reward_funcs=as_reward_functions(parts),
-        train_dataset=examples.with_transform(_with_prompt),
+        train_dataset=table,
         processing_class=loaded.processor,
         callbacks=[*(callbacks or []), Alarms()],
         companions=partial(save_companions, processor=loaded.processor, contract=loaded.contract, settings=settings),
@@ -105,12 +107,14 @@ def build_trainer(
             top_k=config.trl.get("top_k", 0),
             max_crops=config.max_crops,
         ),
+        rows=rows,
+        fault_logs={"train": FaultLog(data.train_data, bad_rows, names=is_main_process())},
         image_base=data.image_base_path,
         judge=Judge(config) if config.judge_url else None,
         on_rollouts=RolloutKeeper(keep, data.image_base_path, start) if keep else None,
     )
     if config.watch_every:
-        trainer.add_callback(CropGain(trainer, fixed_questions(config, data, examples), config.watch_every))
+        trainer.add_callback(CropGain(trainer, fixed_questions(config, data, rows), config.watch_every))
     return trainer
 
 
@@ -124,11 +128,6 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
     from generation import CropEngine
 
     return CropEngine(loaded.model, renderer, config.rollout_batch_size, config.max_batch_tokens, config.cuda_graphs)
-
-
-def _with_prompt(columns: dict[str, list]) -> dict[str, list]:
-    """TRL wants a `prompt`; ours are written by the engine's renderer, so it only serves TRL's logs."""
-    return {**columns, "prompt": [[{"role": "user", "content": question}] for question in columns["question"]]}
 
 
 def run_grpo(settings: TrainingSettings) -> Path:

@@ -72,13 +72,14 @@ def build_trainer(
     from conversation import Renderer
     from data_check import load_examples
     from model_utils import save_companions
-    from sft_data import ExampleEncoder, FaultLog, SFTCollator, load_training_rows
+    from row_index import FaultLog, load_training_rows
+    from sft_data import ExampleEncoder, SFTCollator
     from trainers import CropSFTTrainer
 
     config, data = settings.sft, settings.data
     renderer = Renderer(loaded.processor, loaded.contract)
     bad_rows = data.bad_rows_file or f"{config.output_dir}/bad_rows.jsonl"
-    train = load_training_rows(data.train_data, data, renderer, bad_rows)
+    train = load_training_rows(data, renderer, bad_rows)
     fault_logs = {"train": FaultLog(data.train_data, bad_rows)}
     validation = None
     if data.val_data is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinned with TRL; the notice helps no user
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -35,8 +36,9 @@ from response_format import parse_response
 from resuming import Resumable, Row
 from rewards import Reference
 from rollout_pages import ScoredRollout
+from row_index import SoundRows
 from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
-from sft_data import FAULTS, ROWS, FaultLog, length_buckets
+from sft_data import FAULTS, ROWS, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
 from vllm_generation import VLLMEngine
 
@@ -52,18 +54,16 @@ LOGGED = ("prompt", "completion", "advantages")  # what TRL keeps of the last ro
 class CropSFTTrainer(Resumable, SFTTrainer):
     """SFT on batches of our collator, each of rows of about the same length.
 
-    fault_logs: for "train" and "eval" what counts and names the faulty rows that the collator left out.
     padding_free: put the rows of a batch behind each other instead of padding them (packing.py).
     """
 
-    def __init__(self, *args: Any, fault_logs: dict[str, FaultLog], padding_free: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, padding_free: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # Divide by the trained tokens of all processes and micro-batches, which TRL's loss does once it is told them.
         # Qwen2.5-VL says that its own forward cannot, so tokens of a short micro-batch would weigh more than others.
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
             gather_head_with_the_model(self.model)
-        self.fault_logs = fault_logs
         self._batch_rows: list[Row] = []
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if padding_free and self.label_smoother is not None:
@@ -85,25 +85,18 @@ class CropSFTTrainer(Resumable, SFTTrainer):
         return SeededOrder(self.args.eval_batch_size, length_buckets(eval_dataset), seed)
 
     def progress(self) -> dict[str, Any]:
-        faults = {mode: (log.drawn, log.skipped, sorted(log.known)) for mode, log in self.fault_logs.items()}
-        return super().progress() | {"tokens": self._total_train_tokens, "faults": faults}
+        return super().progress() | {"tokens": self._total_train_tokens}
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
         self._total_train_tokens = progress["tokens"]
-        for mode, (drawn, skipped, known) in progress["faults"].items():
-            log = self.fault_logs[mode]
-            log.drawn, log.skipped, log.known = drawn, skipped, set(known)
 
     def rows_of_batch(self) -> list[Row]:
         return self._batch_rows
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        drawn, faults = inputs.pop(FAULTS, (len(inputs["labels"]), []))
-        self.fault_logs[mode].add(drawn, faults)
-        if self.fault_logs[mode].skipped:
-            self._metrics[mode]["faulty_rows"] = [self.fault_logs[mode].skipped]
+        drawn = inputs.pop(FAULTS, (len(inputs["labels"]), []))
+        self._count_faults("train" if self.model.training else "eval", *drawn)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +156,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
     vLLM's log-probs differ a little from the trainer's. TRL's own correction for that
     (`vllm_importance_sampling_correction`) works here as well, and TRL calls `sync_weights` before each rollout.
 
-    on_rollouts: called with this trainer, the steps that train on them, and the rollouts of this process.
+    rows: makes sound rows of those that are drawn. on_rollouts: called with this trainer, the steps that train on the
+        rollouts, and those of this process.
     """
 
     def __init__(
@@ -171,13 +165,14 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         *args: Any,
         engine: Engine,
         sampling: SamplingParams,
+        rows: SoundRows,
         image_base: str,
         judge: Judge | None = None,
         on_rollouts: Callable[[CropGRPOTrainer, range, list[ScoredRollout]], None] | None = None,
         **kwargs: Any,
     ):
         self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
-        self.on_rollouts = on_rollouts
+        self.rows, self.on_rollouts = rows, on_rollouts
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
         self._batch_references: list[Reference] = []
@@ -243,10 +238,9 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self.keep_border()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # TRL writes the reward columns into the rows it is given, and G rows may be one and the same dict.
-        self._batch_rows = [dict(row) for row in inputs]
+        self._batch_rows = self._sound(inputs)
         if self.model.training:
-            self._batch_keys = [(row["line"], row["entry"]) for row in inputs]
+            self._batch_keys = [(row["line"], row["entry"]) for row in self._batch_rows]
         try:
             output = super()._generate_and_score_completions(self._batch_rows)
         except OutageError as outage:
@@ -259,6 +253,18 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         if self.on_rollouts is not None and self.model.training:
             self._hand_over(output["advantages"])
         return output
+
+    def _sound(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows to work on, with the `prompt` that TRL logs; a dict each, since it writes reward columns into them.
+
+        `drawn`: rows of the training data, G of each group, of which some may be on other processes.
+        """
+        rows, faults = self.rows(drawn)
+        if not self.rows.is_checked:
+            keys = set(gather_object([(row["line"], row["entry"]) for row in drawn]))
+            named = {(fault["line"], fault["entry"]): fault for fault in gather_object(faults)}
+            self._count_faults("train", len(keys | set(named)), list(named.values()))
+        return [row | {"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """As TRL's, but rows are not shuffled into micro-batches: those of a group stay together, beside one prompt."""

@@ -221,7 +221,7 @@ def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage:
         if not is_out_of_memory(error):
             raise
         sharding = {2: "zero2", 3: "zero3"}.get(zero_stage(trainer), "fsdp2" if trainer.is_fsdp_enabled else "ddp")
-        longest = max(trainer.train_dataset.with_format(None)["length"])
+        longest = max(trainer.train_dataset["length"])
         run = run_of(settings, stage, trainer.args.world_size, sharding, longest)
         if isinstance(trainer.model, PeftModel):  # also one that was trained before, whatever `use_lora` says
             method = "qlora" if settings.model.load_in_4bit else "lora"

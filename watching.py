@@ -33,8 +33,7 @@ from sharding import whole_weights
 from trackers import send_rollouts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
+    from row_index import SoundRows
     from trainers import CropGRPOTrainer
 
 # ---------------------------------------------------------------------------------------------- warnings
@@ -154,7 +153,7 @@ class Alarms(TrainerCallback):
 # --------------------------------------------------------------------------------------------- crop gain
 
 
-def fixed_questions(config: GRPOStageConfig, data: DataConfig, dataset: Dataset) -> tuple[Question, ...]:
+def fixed_questions(config: GRPOStageConfig, data: DataConfig, rows: SoundRows) -> tuple[Question, ...]:
     """`watch_samples` questions, drawn evenly from the validation data, else from the training data.
 
     Raises:
@@ -163,9 +162,10 @@ def fixed_questions(config: GRPOStageConfig, data: DataConfig, dataset: Dataset)
     if data.val_data is not None:
         known = read_questions(data.val_data, data.image_base_path, data.answer_key)
         return known.limited(config.watch_samples).questions
-    plain, count = dataset.with_format(None), min(config.watch_samples, len(dataset))
-    rows = plain.select([place * len(dataset) // count for place in range(count)])
-    return tuple(question_of(as_example(row), data.image_base_path) for row in rows)
+    table, count = rows.table, min(config.watch_samples, len(rows.table))
+    drawn, _ = rows([table[place * len(table) // count] for place in range(count)])
+    examples = dict.fromkeys(as_example(row) for row in drawn)  # one that stands for a faulty row comes once
+    return tuple(question_of(example, data.image_base_path) for example in examples)
 
 
 def gain_figures(

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_data.py --rows 1000000 --json data.json
 
-Every side draws a shuffled batch of the same file with the same collator. Ours is the whole of stage 1's set-up, model
-and trainer included; the others are what one writes without it, and check nothing. Processor seconds tell what a side
-costs on a machine that has other work.
+Every side draws a shuffled batch of the same file. Ours are the whole of a stage's set-up, model and trainer included;
+the others are what one writes without it, and check nothing. Processor seconds tell what a side costs on a machine that
+has other work.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 SIDES = {
-    "ours": "ours: index, rows checked when drawn",
+    "ours": "ours, SFT: index, rows checked when drawn",
+    "grpo": "ours, R-GRPO: the same",
     "datasets": 'datasets.load_dataset("json"), nothing checked',
     "json": "json.loads of every line into a list, nothing checked",
 }
@@ -50,19 +55,26 @@ def write_file(folder: Path, rows: int) -> None:
 
 def first_batch(side: str, folder: Path) -> None:
     """What a side does in its own process."""
-    if side == "ours":
-        from command_line import resolve_training
-        from model_utils import load_for_training
-        from train_sft import build_trainer
-
-        flags = {"model_name": f"{folder}/model", "train_data": f"{folder}/train.jsonl", "image_base_path": str(folder)}
-        flags |= {"output_dir": f"{folder}/out", "batch_size": BATCH, "disable_tqdm": True}
-        settings = resolve_training(flags, ("sft",))
-        loaded = load_for_training(settings.model, settings.data, settings.sft, settings.model.model_name)
-        batch = next(iter(build_trainer(loaded, settings).get_train_dataloader()))
-    else:
-        batch = plain_batch(side, folder)
+    if side == "grpo":
+        trainer = set_up("grpo", folder)
+        drawn, faults = trainer.rows(next(iter(trainer.get_train_dataloader())))
+        assert len(drawn) >= BATCH and all(row["response"] for row in drawn) and not faults
+        return
+    batch = next(iter(set_up("sft", folder).get_train_dataloader())) if side == "ours" else plain_batch(side, folder)
     assert len(batch["input_ids"]) == BATCH
+
+
+def set_up(stage: str, folder: Path) -> Trainer:
+    import train_grpo
+    import train_sft
+    from command_line import resolve_training
+    from model_utils import load_for_training
+
+    flags = {"model_name": f"{folder}/model", "train_data": f"{folder}/train.jsonl", "image_base_path": str(folder)}
+    flags |= {"output_dir": f"{folder}/out", "batch_size": BATCH, "disable_tqdm": True}
+    settings = resolve_training(flags, (stage,))
+    loaded = load_for_training(settings.model, settings.data, getattr(settings, stage), settings.model.model_name)
+    return {"sft": train_sft, "grpo": train_grpo}[stage].build_trainer(loaded, settings)
 
 
 def plain_batch(side: str, folder: Path) -> dict:
@@ -154,7 +166,7 @@ def main() -> None:
         print(
             f"{title:<56}{median[side]['seconds']:>9.1f}{median[side]['processor_seconds']:>13.1f}{median[side]['gib']:>7.2f}"
         )
-    others = {side: median[side]["seconds"] / median["ours"]["seconds"] for side in SIDES if side != "ours"}
+    others = {side: median[side]["seconds"] / median["ours"]["seconds"] for side in ("datasets", "json")}
     print("ratio: " + ", ".join(f"{value:.2f}x the time of ours with {side}" for side, value in others.items()))
     if options.json:
         table = {"rows": options.rows, "bytes": size, "imports": statistics.median(imports), "sides": median}

@@ -360,7 +360,7 @@ from conversation import Renderer
 from data_check import check_file
 from data_utils import main
 from model_utils import load_processor
-from sft_data import index_examples
+from row_index import index_examples
 base, images, *files = sys.argv[1:]
 renderer = Renderer(*load_processor(base))
 for file in files:

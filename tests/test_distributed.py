@@ -67,7 +67,9 @@ def ddp(base_folder, data_folder, tmp_path_factory):
     rows = (data_folder / "train.jsonl").read_text().splitlines()
     rows[4] = rows[4].replace(".jpg", ".gone.jpg")
     (folder / "fresh.jsonl").write_text("\n".join(rows) + "\n")
-    names = ["data_check", "sft", "order", "grpo", "cut", "group", "outage", "unshared_disk"]
+    half = [line if n % 2 else line.replace(".jpg", ".gone.jpg") for n, line in enumerate(rows)]
+    (folder / "half_faulty.jsonl").write_text("\n".join(half) + "\n")
+    names = ["data_check", "sft", "order", "grpo", "cut", "group", "stand_in", "outage", "unshared_disk"]
     return folder, run_scenarios(base_folder, data_folder, folder, names)
 
 
@@ -152,6 +154,15 @@ def test_rollouts_of_one_prompt_differ_between_processes(ddp):
     first, second = ddp[1]["group"]
     assert first["rows"] == second["rows"]
     assert len({*first["texts"], *second["texts"]}) == 8
+
+
+def test_a_faulty_row_of_a_long_file_gives_way_to_the_same_one_on_all_processes(ddp):
+    first, second = ddp[1]["stand_in"]
+    assert first == second
+    assert len(first["rows"]) == 4 and all(len({*lines}) == 1 and lines[0] % 2 == 0 for lines in first["rows"])
+    faulty = {line for line, _, _ in first["known"]}
+    assert faulty and first["skipped"] >= len(first["known"]) and first["drawn"] >= 4
+    assert len((ddp[0] / "stand_in/bad_rows.jsonl").read_text().splitlines()) == len(first["known"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -16,7 +16,7 @@ FLOORS = {
             "conversation rewards traces judge memory_model checkpoints",
             "data_check data_sheet token_view visualize rollouts benchmark_data format_parts vllm_server",
             "data_utils data_formats kv_cache sampling sharding packing vllm_generation measures step_graphs "
-            "packed_linear rollout_pages",
+            "packed_linear rollout_pages row_index",
             "decoding sft_data trackers streaming",
             "generation",
             "scoring resuming",

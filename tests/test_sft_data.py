@@ -9,12 +9,13 @@ import pytest
 import torch
 from test_data_utils import FAULTS, images, row, write  # noqa: F401 - images is a fixture
 
-import sft_data
+import row_index
 from config import DataConfig, SettingsError
 from conversation import IGNORED
 from data_check import check_file
+from row_index import FaultLog, is_lazy, load_training_rows
 from sft_data import FAULTS as FAULTS_KEY
-from sft_data import ROWS, ExampleEncoder, FaultLog, SFTCollator, is_lazy, length_buckets, load_training_rows
+from sft_data import ROWS, ExampleEncoder, SFTCollator, length_buckets
 
 LAZY = {"data_check": "lazy"}
 # This one is a fault in the default frame only.
@@ -41,7 +42,7 @@ def faulty(images, tmp_path):  # noqa: F811
 
 def draw_all(data, renderer, tmp_path, size=4):
     """Draw every row in order; returns names of the rows in batches, and the log."""
-    table = load_training_rows(data.train_data, data, renderer, str(tmp_path / "bad.jsonl"))
+    table = load_training_rows(data, renderer, str(tmp_path / "bad.jsonl"))
     collator = SFTCollator(ExampleEncoder(renderer, data))
     log, names = FaultLog(data.train_data, str(tmp_path / "bad.jsonl")), []
     encode = collator.encoder.encode
@@ -84,7 +85,7 @@ def test_a_fault_drawn_again_is_counted_and_skipped_but_not_named_again(faulty, 
 
 
 def test_a_batch_of_faulty_rows_alone_has_no_loss_and_keeps_an_image(faulty, renderer):
-    table = load_training_rows(faulty.train_data, faulty, renderer, "bad.jsonl")
+    table = load_training_rows(faulty, renderer, "bad.jsonl")
     batch = SFTCollator(ExampleEncoder(renderer, faulty))([table[0]])
     assert batch[FAULTS_KEY][0] == 1 and batch[FAULTS_KEY][1][0]["line"] == table[0]["line"]
     assert (batch["labels"] == IGNORED).all() and len(batch["image_grid_thw"]) == 1
@@ -96,7 +97,7 @@ def test_mostly_faulty_rows_stop_the_run_at_start_or_when_drawn(images, renderer
     with pytest.raises(
         SettingsError, match=r"20 of 32 rows of .* are faulty, the first: +line 1, QnA\[0\]: missing im"
     ):
-        load_training_rows(path, data, renderer, "bad.jsonl")
+        load_training_rows(data, renderer, "bad.jsonl")
     log = FaultLog(path, str(tmp_path / "bad.jsonl"))
     fault = {"line": 1, "entry": 0, "offset": 0, "fault": "missing image none.jpg"}
     log.add(99, [fault] * 60)
@@ -121,7 +122,7 @@ def test_the_data_file_is_never_the_file_of_bad_rows(images, tmp_path):  # noqa:
 
 
 def test_auto_checks_short_files_at_start_and_long_ones_when_drawn(images, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(sft_data, "FULL_CHECK_ROWS", 5)
+    monkeypatch.setattr(row_index, "FULL_CHECK_ROWS", 5)
     for rows, lazy in ((5, False), (6, True)):
         path = write(tmp_path / f"{rows}.jsonl", [row()] * rows)
         data = DataConfig(train_data=path)
@@ -139,8 +140,8 @@ def test_the_index_names_each_entry_by_line_and_place_however_the_file_is_cut(
     expected = [(number, entry) for number, count in enumerate(counts, 1) for entry in range(count)]
     data = DataConfig(train_data=path, image_base_path=str(images), num_proc=processes, **LAZY)
     monkeypatch.setattr("data_check.PART_BYTES", 100)
-    monkeypatch.setattr(sft_data, "MOST_FAULTY", 1)
-    table = load_training_rows(path, data, renderer, "bad.jsonl")
+    monkeypatch.setattr(row_index, "MOST_FAULTY", 1)
+    table = load_training_rows(data, renderer, "bad.jsonl")
     assert list(zip(table["line"], table["entry"], strict=True)) == expected
     with open(path, "rb") as file:
         content = file.read()
@@ -154,8 +155,8 @@ def test_start_up_reads_a_long_file_once_and_few_images_and_keeps_24_bytes_a_row
 ):  # fmt: skip
     path = write(tmp_path / "train.jsonl", [row(question=f"Is {n} there?") for n in range(50_000)])
     opened, loaded = [], []
-    load, real_open = sft_data.Checker._image, builtins.open
-    monkeypatch.setattr(sft_data.Checker, "_image", lambda self, name: (loaded.append(name), load(self, name))[1])
+    load, real_open = row_index.Checker._image, builtins.open
+    monkeypatch.setattr(row_index.Checker, "_image", lambda self, name: (loaded.append(name), load(self, name))[1])
 
     def counting(name, *args, **kwargs):
         file = real_open(name, *args, **kwargs)
@@ -166,12 +167,12 @@ def test_start_up_reads_a_long_file_once_and_few_images_and_keeps_24_bytes_a_row
     data = DataConfig(train_data=path, image_base_path=str(images), num_proc=1)
     assert is_lazy(data)
     monkeypatch.setattr(builtins, "open", counting)
-    table = load_training_rows(path, data, renderer, "bad.jsonl")
+    table = load_training_rows(data, renderer, "bad.jsonl")
     monkeypatch.undo()
     assert len(table) == 50_000
-    assert len(loaded) == sft_data.PROBED_ROWS
+    assert len(loaded) == row_index.PROBED_ROWS
     parts = -(-os.path.getsize(path) // (16 * 1024**2))
-    assert len(opened) <= 4 + 2 * parts + sft_data.PROBED_ROWS
+    assert len(opened) <= 4 + 2 * parts + row_index.PROBED_ROWS
     assert table.data.nbytes == 50_000 * 24
     assert not table.cache_files, "nothing is copied to the disk"
 
@@ -181,8 +182,8 @@ def test_lengths_told_from_the_text_put_longer_rows_into_higher_buckets(images, 
     texts = ["word " * n + "{Crop it [10, 10, 90, 80]} " * (n % 3) for n in (10, 100, 200, 500)]
     path = write(tmp_path / "train.jsonl", [row(answer.format(text)) for text in texts])
     data = DataConfig(train_data=path, image_base_path=str(images))
-    told = load_training_rows(path, replace(data, **LAZY), renderer, "bad.jsonl")
-    exact = load_training_rows(path, data, renderer, str(tmp_path / "bad.jsonl"))
+    told = load_training_rows(replace(data, **LAZY), renderer, "bad.jsonl")
+    exact = load_training_rows(data, renderer, str(tmp_path / "bad.jsonl"))
     assert sorted(range(4), key=exact["length"][:].__getitem__) == sorted(range(4), key=told["length"][:].__getitem__)
     assert isinstance(length_buckets(told), list) and len(set(length_buckets(told))) == 4
 
@@ -196,7 +197,7 @@ def test_a_drawn_row_is_encoded_as_a_checked_one_in_this_process_or_a_worker(
     collator = SFTCollator(ExampleEncoder(renderer, data))
     batches = []
     for kind in ("lazy", "full"):
-        rows = load_training_rows(path, replace(data, data_check=kind), renderer, str(tmp_path / "bad.jsonl"))
+        rows = load_training_rows(replace(data, data_check=kind), renderer, str(tmp_path / "bad.jsonl"))
         loader = torch.utils.data.DataLoader(rows, 3, collate_fn=collator, num_workers=workers)
         batches.append(list(loader))
     lazy, full = batches
@@ -211,7 +212,7 @@ def test_an_image_that_goes_after_the_check_is_a_named_fault_and_not_a_crash(ima
     (tmp_path / "here.jpg").write_bytes((images / "photo.jpg").read_bytes())
     path = write(tmp_path / "train.jsonl", [row(image="here.jpg")])
     data = DataConfig(train_data=path, image_base_path=str(tmp_path), data_check="full")
-    table = load_training_rows(path, data, renderer, str(tmp_path / "bad.jsonl"))
+    table = load_training_rows(data, renderer, str(tmp_path / "bad.jsonl"))
     (tmp_path / "here.jpg").unlink()
     faults = SFTCollator(ExampleEncoder(renderer, data))([table[0]])[FAULTS_KEY]
     assert faults == (1, [{"line": 1, "entry": 0, "offset": 0, "fault": "missing image here.jpg"}])

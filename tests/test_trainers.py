@@ -412,7 +412,7 @@ def test_trls_generate_returns_what_is_replaced(base_folder, data_folder, tmp_pa
     """`_generate` is private: eight results, of which the last two are the images of each row."""
     settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0)
     _, trainer = grpo_trainer(settings, (length_part(),))
-    trainer._batch_rows = [dict(row) for row in next(iter(trainer.get_train_dataloader()))]
+    trainer._batch_rows = trainer._sound(next(iter(trainer.get_train_dataloader())))
     results = trainer._generate([row["prompt"] for row in trainer._batch_rows])
     assert len(results) == 8
     assert [len(images) for images in results[-1]] == [len(rollout.images) for rollout in trainer._batch_rollouts]

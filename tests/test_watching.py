@@ -132,10 +132,10 @@ def test_fixed_questions_come_evenly_from_the_training_data_without_validation_d
     settings = settings_for("grpo", base_folder, data_folder, tmp_path, watch_every=1, watch_samples=6)
     data = replace(settings.data, val_data=None)
     _, trainer = grpo_trainer(replace(settings, data=data), (length_part(),))
-    questions = fixed_questions(settings.grpo, data, trainer.train_dataset)
-    rows = trainer.train_dataset.with_format(None)
+    questions = fixed_questions(settings.grpo, data, trainer.rows)
+    rows = trainer.train_dataset
     assert [question.text for question in questions] == [rows[place]["question"] for place in range(0, 36, 6)]
-    assert questions == fixed_questions(settings.grpo, data, trainer.train_dataset)
+    assert questions == fixed_questions(settings.grpo, data, trainer.rows)
 
 
 def test_watching_changes_nothing_of_the_training(base_folder, data_folder, tmp_path):

@@ -160,6 +160,23 @@ class Group:
             "watched": [item for item in trainer.state.log_history if "watch/crop_gain" in item],
         }
 
+    def stand_in(self) -> dict[str, Any]:
+        """A group on both processes whose row, drawn from a file that nobody has checked, is faulty."""
+        flags = {"num_generations": 8, "max_steps": 4, "steps_per_generation": 1, "data_check": "lazy"}
+        settings = self.settings("grpo", "stand_in", train_data=f"{self.folder}/half_faulty.jsonl", **flags)
+        _, trainer = self.grpo_trainer(settings)
+        seen, sound = [], trainer._sound
+
+        def keep(drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            rows = sound(drawn)
+            seen.append([row["line"] for row in rows])
+            return rows
+
+        trainer._sound = keep
+        train(trainer, settings, "grpo")
+        log = trainer.fault_logs["train"]
+        return {"rows": seen, "known": sorted(log.known), "drawn": log.drawn, "skipped": log.skipped}
+
     def resume(self) -> dict[str, Any]:
         """Three steps, once at a stretch and once in two runs."""
         shared = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}

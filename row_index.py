@@ -1,0 +1,239 @@
+"""The rows of a data file as training draws them: all checked before, or each when it is drawn.
+
+A file of millions of rows is not read before training. Its index says where each entry is, a row is checked when it is
+drawn, by the rules of the data check, and a faulty one is counted and named by its line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import DataConfig, SettingsError, is_main_process
+from conversation import Renderer
+from data_check import (
+    MAX_LINE_BYTES,
+    Checker,
+    copy_line,
+    count_lines,
+    describe_faults,
+    lines_of,
+    load_examples,
+    over_parts,
+    refuse_changed,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FULL_CHECK_ROWS = 10_000  # data_check=auto: longer files are checked row by row as they are drawn
+PROBED_ROWS = 32
+MOST_IN_A_ROW = 100  # faulty rows behind each other
+MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
+CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
+
+
+def load_training_rows(data: DataConfig, renderer: Renderer, bad_rows_file: str) -> Dataset:
+    """The rows that training draws from: sound examples, or the index of a file whose rows are checked when drawn.
+
+    Raises:
+        SettingsError: where no row is sound, or over half of a few looked at are faulty.
+    """
+    if is_lazy(data):
+        return index_examples(data, renderer, bad_rows_file)
+    return load_examples(data.train_data, data, renderer, bad_rows_file)
+
+
+def is_lazy(data: DataConfig) -> bool:
+    """Whether the rows of `data.train_data` are checked when they are drawn."""
+    if data.data_check != "auto":
+        return data.data_check == "lazy"
+    with open(data.train_data, "rb") as file:
+        return sum(1 for _ in islice(file, FULL_CHECK_ROWS + 1)) > FULL_CHECK_ROWS
+
+
+def index_examples(data: DataConfig, renderer: Renderer, bad_rows_file: str) -> Dataset:
+    """Where each QnA entry of a long file is: line, entry, offset of the line and estimated length, 24 bytes each.
+
+    Nothing but the entries' number is looked at, save for a few rows over the whole file.
+
+    Raises:
+        SettingsError: where over half of those few are faulty.
+    """
+    import datasets
+    import numpy as np
+    import pyarrow
+
+    path = data.train_data
+    about = os.stat(path)
+    parts = over_parts(_index_part, data, path, data.answer_key)
+    first = np.cumsum([1, *(lines for lines, _ in parts)])
+    line, entry, offset, length = np.concatenate([part for _, part in parts], axis=1) if parts else np.zeros((4, 0))
+    line = line + np.repeat(first[:-1], [part.shape[1] for _, part in parts])
+    if len(line) == 0:
+        raise SettingsError(f"{path} is empty")
+    columns = {"line": line, "entry": entry.astype("int32"), "offset": offset, "length": length.astype("int32")}
+    refuse_changed(path, about)
+    table = datasets.Dataset(
+        datasets.table.InMemoryTable(pyarrow.table(columns)),
+        fingerprint=hashlib.sha256(f"{os.path.abspath(path)} {about}".encode()).hexdigest()[:32],
+    )
+    _probe(table, Checker(data, renderer.contract, renderer), bad_rows_file)
+    return table
+
+
+def _index_part(start: int, end: int, path: str, answer_key: str) -> tuple[int, Any]:
+    """The number of lines of a byte range, and (4, entries): line from 0, entry, offset, estimated length."""
+    import numpy as np
+
+    found: list[int] = []
+    for number, offset, raw in lines_of(path, start, end):
+        lengths = [_rough_length(entry, answer_key) for entry in _entries(raw)]
+        for entry, length in enumerate(lengths or [0]):  # a faulty line is drawn, too, and named then
+            found += (number, entry, offset, length)
+    with open(path, "rb") as file:
+        lines = count_lines(file, start, end)
+    return lines, np.array(found, dtype=np.int64).reshape(-1, 4).T
+
+
+def _entries(raw: bytes) -> list[Any]:
+    try:
+        entries = json.loads(raw.decode("utf-8-sig"))["QnA"] if len(raw) <= MAX_LINE_BYTES else []
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return entries if isinstance(entries, list) else []
+
+
+def _rough_length(entry: Any, answer_key: str) -> int:
+    """Tokens of an entry, to batch like with like; the main image, about the same for all, is left out."""
+    texts = [entry.get("Q"), entry.get(answer_key)] if isinstance(entry, dict) else []
+    return sum(len(text) // 4 + CROP_TOKENS * text.count("Crop") for text in texts if isinstance(text, str))
+
+
+def _probe(table: Dataset, checker: Checker, bad_rows_file: str) -> None:
+    """Look at a few rows over the whole file, so that a wrong folder or key is seen at the start."""
+    count = min(PROBED_ROWS, len(table))
+    rows = [table[number * len(table) // count] for number in range(count)]
+    checked = [checker.draw(row["line"], row["entry"], row["offset"])[0] for row in rows]
+    faulty = [item for item in checked if item.fault]
+    named = [vars(item) for item in dict.fromkeys(faulty)]  # a faulty line is told once, not for each of its entries
+    path = checker.data.train_data
+    if is_main_process():
+        print(f"{path}: {len(table)} examples, each checked when it is drawn; faulty rows go to {bad_rows_file}")
+        if faulty:
+            print(f"of {len(rows)} looked at now, {len(faulty)} are faulty and will be skipped:")
+            print("\n".join(describe_faults(named, most=10)))
+    if len(faulty) > MOST_FAULTY * len(rows):
+        raise SettingsError(
+            f"{len(faulty)} of {len(rows)} rows of {path} are faulty, the first: {describe_faults(named, most=1)[0]}. "
+            f"Run data_utils.py --check {path} to see all"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- draw
+
+
+class SoundRows:
+    """Rows as drawn -> checked rows; for a faulty one the next sound row of the file.
+
+    R-GRPO cannot leave a row out, since a group would be without rollouts. Every process that draws the row takes the
+    same one for it.
+    """
+
+    def __init__(self, table: Dataset, checker: Checker) -> None:
+        """table: what `load_training_rows` gives."""
+        self.table, self.checker = table, checker
+        self.is_checked = "response" in table.column_names
+        self._lines = None if self.is_checked else table.with_format("numpy")["line"][:]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """A row for each of `rows`, with the columns of `Checked`; and what was wrong with those that were passed over.
+
+        Raises:
+            SettingsError: where many rows in a row are faulty.
+        """
+        if self.is_checked:
+            return [dict(row) for row in rows], []
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        faults: list[dict[str, Any]] = []
+        for row in rows:
+            key = row["line"], row["entry"]
+            if key not in found:
+                found[key] = self._sound(row, faults)
+        return [dict(found[row["line"], row["entry"]]) for row in rows], faults
+
+    def _sound(self, row: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any]:
+        place = int(self._lines.searchsorted(row["line"])) + row["entry"]
+        for _ in range(min(MOST_IN_A_ROW, len(self.table))):
+            row = self.table[place % len(self.table)]
+            checked = self.checker.draw(row["line"], row["entry"], row["offset"])[0]
+            if not checked.fault:
+                return dict(vars(checked))
+            faults.append(vars(checked))
+            place += 1
+        path = self.checker.data.train_data
+        raise SettingsError(
+            f"{MOST_IN_A_ROW} rows of {path} in a row are faulty, the last: {describe_faults(faults[-1:], most=1)[0]}. "
+            f"Run data_utils.py --check {path} to see all"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+class FaultLog:
+    """Counts the rows that were drawn, names each faulty one once, and writes its line to `bad_rows_file`.
+
+    Every process of a distributed run keeps its own.
+
+    names: False where another process, which draws the same rows, names and writes them.
+    """
+
+    def __init__(self, path: str, bad_rows_file: str, most_named: int = 100, names: bool = True) -> None:
+        self.path, self.bad_rows_file, self.most_named, self.names = path, bad_rows_file, most_named, names
+        self._state = self._file_state()
+        self.drawn = self.skipped = 0
+        self.known: set[tuple[int, int, str]] = set()
+        if os.path.exists(bad_rows_file) and os.path.samefile(path, bad_rows_file):
+            raise SettingsError(f"bad_rows_file is {bad_rows_file}, the data file itself: give another name")
+
+    def add(self, drawn: int, faults: list[dict[str, Any]]) -> None:
+        """Take down `faults` (line, entry, offset, fault) among so many drawn rows.
+
+        Raises:
+            SettingsError: where over half of a hundred or more drawn rows were faulty, or the file was changed.
+        """
+        if self._file_state() != self._state:
+            raise SettingsError(f"{self.path} was changed while it is trained on: start again, or put it back")
+        self.drawn += drawn
+        self.skipped += len(faults)
+        for row in faults:
+            key = (row["line"], row["entry"], row["fault"])
+            if key in self.known:
+                continue
+            self.known.add(key)
+            if not self.names:
+                continue
+            if len(self.known) <= self.most_named:
+                print(f"{self.path}: skipped {describe_faults([row], most=1)[0].strip()}", flush=True)
+            self._keep(row["offset"])
+        if self.drawn >= 100 and self.skipped > MOST_FAULTY * self.drawn:
+            raise SettingsError(
+                f"{self.skipped} of {self.drawn} rows drawn from {self.path} were faulty: run data_utils.py --check "
+                f"{self.path} to see all"
+            )
+
+    def _file_state(self) -> tuple[int, int]:
+        about = os.stat(self.path)
+        return about.st_size, about.st_mtime_ns
+
+    def _keep(self, offset: int) -> None:
+        Path(self.bad_rows_file).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "rb") as source, open(self.bad_rows_file, "ab") as target:
+            source.seek(offset)
+            copy_line(source, target)

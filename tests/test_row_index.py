@@ -1,0 +1,106 @@
+"""R-GRPO on a long file: rows are checked when they are drawn, and a sound one stands in for a faulty one."""
+
+import json
+
+import pytest
+import torch
+from test_data_utils import images, row, write  # noqa: F401 - images is a fixture
+from test_resume import assert_same_run, run
+from test_sft_data import LAZY, faulty  # noqa: F401 - a fixture
+from test_trainers import grpo_trainer, length_part, settings_for
+
+from config import DataConfig, SettingsError
+from data_check import Checker, as_example, check_file
+from row_index import MOST_IN_A_ROW, SoundRows, load_training_rows
+from watching import fixed_questions
+
+GRPO = {"max_steps": 6, "gradient_accumulation_steps": 1, "steps_per_generation": 1, "save_steps": 1, "beta": 0}
+
+
+def sound_rows(data, renderer, tmp_path):
+    table = load_training_rows(data, renderer, str(tmp_path / "bad.jsonl"))
+    return SoundRows(table, Checker(data, renderer.contract, renderer))
+
+
+def test_the_next_sound_row_stands_in_for_a_faulty_one(faulty, renderer, tmp_path):  # noqa: F811
+    checked = list(check_file(faulty, renderer.contract, renderer))
+    sound = {(item["line"], item["entry"]): as_example(item) for item in checked if not item["fault"]}
+    rows = sound_rows(faulty, renderer, tmp_path)
+    for drawn in rows.table:
+        key = drawn["line"], drawn["entry"]
+        found, faults = rows([drawn, drawn])
+        expected = min((other for other in sound if other >= key), default=min(sound))
+        assert [as_example(item) for item in found] == [sound[expected]] * 2 and found[0] is not found[1]
+        passed = [(fault["line"], fault["entry"], fault["fault"]) for fault in faults]
+        between = [item for item in checked if key <= (item["line"], item["entry"]) and item["fault"]]
+        between = [item for item in between if expected < key or (item["line"], item["entry"]) < expected]
+        assert set(passed) >= {(item["line"], item["entry"], item["fault"]) for item in between}
+        assert bool(passed) == (expected != key)
+
+
+def test_rows_that_were_checked_before_are_taken_as_they_are(images, renderer, tmp_path):  # noqa: F811
+    data = DataConfig(train_data=write(tmp_path / "train.jsonl", [row()] * 3), image_base_path=str(images))
+    rows = sound_rows(data, renderer, tmp_path)
+    drawn = rows.table[1]
+    assert rows.is_checked and rows([drawn]) == ([drawn], [])
+
+
+def test_many_faulty_rows_behind_each_other_stop_the_run(images, renderer, tmp_path):  # noqa: F811
+    lines = [row()] * 300 + [row(image="none.jpg")] * MOST_IN_A_ROW + [row()]
+    path = write(tmp_path / "train.jsonl", lines)
+    rows = sound_rows(DataConfig(train_data=path, image_base_path=str(images), **LAZY), renderer, tmp_path)
+    assert as_example(rows([rows.table[301]])[0][0]).line == 401
+    with pytest.raises(SettingsError, match=r"100 rows of .* in a row are faulty, the last: +line 400, .* --check"):
+        rows([rows.table[300]])
+
+
+@pytest.fixture
+def long_file(data_folder, tmp_path):
+    """Training rows of which every third is faulty: (faulty file, the same with sound rows alone)."""
+    rows = [json.loads(line) for line in (data_folder / "train.jsonl").read_text().splitlines()]
+    rows = [{**item, "QnA": item["QnA"][:1]} for item in rows]
+    mixed = [{"image_path": "none.jpg", "QnA": item["QnA"]} if n % 3 == 1 else item for n, item in enumerate(rows)]
+    for name, items in (("mixed", mixed), ("sound", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return tmp_path / "mixed.jsonl", tmp_path / "sound.jsonl"
+
+
+def test_rgrpo_on_rows_checked_when_drawn_is_rgrpo_on_rows_checked_before(
+    base_folder, data_folder, long_file, tmp_path
+):
+    trainers = []
+    for kind in ("lazy", "full"):
+        flags = {**GRPO, "max_steps": 3, "train_data": str(long_file[1]), "data_check": kind}
+        trainers.append(run("grpo", base_folder, data_folder, tmp_path / kind, flags))
+    assert_same_run(*trainers)
+    assert trainers[0].fault_logs["train"].drawn > 0 == trainers[0].fault_logs["train"].skipped
+
+
+def test_rgrpo_trains_past_faulty_rows_names_them_and_resumes_exactly(
+    base_folder, data_folder, long_file, tmp_path, capsys
+):
+    flags = {**GRPO, "train_data": str(long_file[0]), **LAZY}
+    whole = run("grpo", base_folder, data_folder, tmp_path / "whole", flags)
+    said = capsys.readouterr().out
+    log, lines = whole.fault_logs["train"], long_file[0].read_bytes().splitlines()
+    assert log.skipped and {fault for _, _, fault in log.known} == {"missing image none.jpg"}
+    logged = [item["faulty_rows"] for item in whole.state.log_history if "faulty_rows" in item]
+    assert logged == sorted(logged) and logged[-1] == log.skipped
+    for line, entry, fault in log.known:
+        assert said.count(f"skipped line {line}, QnA[{entry}]: {fault}\n") == 1
+    bad = (tmp_path / "whole/bad_rows.jsonl").read_bytes().splitlines()
+    assert sorted(bad) == sorted(lines[line - 1] for line, _, _ in log.known)
+    run("grpo", base_folder, data_folder, tmp_path / "cut", flags, kill_at=3)
+    resumed = run("grpo", base_folder, data_folder, tmp_path / "cut", flags)
+    assert_same_run(whole, resumed)
+    assert vars(resumed.fault_logs["train"])["known"] == log.known
+
+
+def test_fixed_questions_of_a_long_file_are_sound(base_folder, data_folder, long_file, tmp_path):
+    flags = {**GRPO, "train_data": str(long_file[0]), "watch_samples": 12, **LAZY}
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path / "out", **flags)
+    torch.manual_seed(0)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    questions = fixed_questions(settings.grpo, settings.data, trainer.rows)
+    lines = [int(question.name.split()[1].rstrip(",")) for question in questions]
+    assert lines and all(line % 3 != 2 for line in lines) and len(set(lines)) == len(lines)
