@@ -41,6 +41,7 @@ VIDEO_PAD, END_OF_TURN = "<|video_pad|>", "<|im_end|>"
 RESERVED_TOKENS = (IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD, "<|im_start|>", END_OF_TURN)
 IMAGE_TOKENS = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)  # the model never writes one of these
 IGNORED = -100  # label of a token without loss
+URL_TIMEOUT, URL_BYTES = 30, 64 * 1024 * 1024  # of an image behind a URL: seconds of silence, and the most it may have
 # A truncated image is an error, never a picture with a grey lower half.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 EpsImagePlugin.gs_binary = False  # PostScript is a program: Pillow would have Ghostscript run it
@@ -52,7 +53,7 @@ EpsImagePlugin.gs_binary = False  # PostScript is a program: Pillow would have G
 def load_image(source: str | Path | Image.Image, base: str | Path | None = None) -> Image.Image:
     """An image as RGB in its original pixels, upright, alpha over white.
 
-    source: a PIL image, a data URI, a URL (fetched by qwen-vl-utils), or a path, relative to `base` if given.
+    source: a PIL image, a data URI, a URL, or a path, relative to `base` if given.
 
     Raises:
         ValueError: for a path that leaves `base`, a missing file, or one that cannot be decoded whole.
@@ -70,8 +71,9 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
     except MemoryError:
         raise
     except Exception as error:  # whatever broken bytes lead a decoder into
-        reason = str(error) if is_path else type(error).__name__
-        shown = text if is_path and len(text) <= 1000 else f"{text:.80}"  # a data URI may have megabytes
+        is_data = text.startswith("data:")  # which may have megabytes
+        reason = type(error).__name__ if is_data else str(error).partition("\n")[0] or type(error).__name__
+        shown = f"{text:.80}" if is_data or len(text) > 1000 else text
         raise ValueError(f"unreadable image {shown}: {reason}") from None
 
 
@@ -83,10 +85,21 @@ def _open(source: Path | str) -> Image.Image:
         return Image.open(source)
     if source.startswith("data:image"):
         return Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2])))
-    from qwen_vl_utils.vision_process import SPATIAL_MERGE_SIZE, fetch_image
+    return Image.open(io.BytesIO(_fetched(source)))
 
-    # A factor of one pixel keeps the original size, in which boxes are given.
-    return fetch_image({"image": source, "max_pixels": 2**31}, image_patch_size=1 / SPATIAL_MERGE_SIZE)
+
+def _fetched(url: str) -> bytes:
+    """What is behind a URL. A host that stalls, or sends without end, must not hold a training run."""
+    import httpx2
+
+    content = bytearray()
+    with httpx2.stream("GET", url, follow_redirects=True, timeout=URL_TIMEOUT) as reply:
+        reply.raise_for_status()
+        for piece in reply.iter_bytes():
+            content += piece
+            if len(content) > URL_BYTES:
+                raise ValueError(f"more than {URL_BYTES:,} bytes")
+    return bytes(content)
 
 
 def resolve_image_path(path: str, base: str | Path | None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from box_frames import frame_extent
 from config import ConversionConfig
 from conversation import load_image, refuse_reserved, resolve_image_path
-from crop_tool import Box, CropContract, resolve_box, smart_resize, split_annotations
+from crop_tool import Box, CropContract, resolve_box, split_annotations
 from response_format import parse_response
 from traces import write_whole
 
@@ -204,10 +203,9 @@ def call_text(box: Box) -> str:
 
 def qwen_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     """(width, height) of an image as Qwen2.5-VL's processor delivers it: multiples of 28, at least 3,136 pixels."""
-    width, height = smart_resize(*size, QWEN_FACTOR, max_pixels)
-    if width * height < QWEN_MIN_PIXELS:
-        grow = math.sqrt(QWEN_MIN_PIXELS / (size[0] * size[1]))
-        width, height = (math.ceil(side * grow / QWEN_FACTOR) * QWEN_FACTOR for side in size)
+    from qwen_vl_utils.vision_process import smart_resize
+
+    height, width = smart_resize(size[1], size[0], QWEN_FACTOR, QWEN_MIN_PIXELS, max_pixels)
     return width, height
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 DEFAULT_PATIENCE = 300.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
+GLANCE = 0.5  # seconds after which a pause looks whether the process is to stop
 
 
 class OutageError(Exception):
@@ -26,6 +27,8 @@ class Patience:
     name: of the server, for messages. seconds: how long it may be silent.
     """
 
+    process_stops = False  # once a signal has come: who has little time left waits for nobody
+
     def __init__(self, name: str, seconds: float) -> None:
         self.name, self.seconds = name, seconds
         self.silent_since: float | None = None
@@ -35,7 +38,7 @@ class Patience:
         """To be called where a request got no answer: pauses before the next one.
 
         Raises:
-            OutageError: where the server has been silent for `seconds`.
+            OutageError: where the server has been silent for `seconds`, or the process is to stop.
         """
         now = time.monotonic()
         with self._lock:
@@ -44,9 +47,11 @@ class Patience:
         if is_first:
             print(f"{self.name} does not answer ({reason}): waiting up to {self.seconds:g} s", file=sys.stderr)
         silent = now - since
-        if silent >= self.seconds:
-            raise OutageError(f"{self.name} gave no answer in {silent:.0f} s ({reason})")
-        time.sleep(min(max(FIRST_PAUSE, silent / 2), LONGEST_PAUSE, self.seconds - silent))
+        end = now + min(max(FIRST_PAUSE, silent / 2), LONGEST_PAUSE, self.seconds - silent)
+        while not Patience.process_stops and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, GLANCE))
+        if silent >= self.seconds or Patience.process_stops:
+            raise OutageError(f"{self.name} gave no answer in {time.monotonic() - since:.0f} s ({reason})")
 
     def answered(self) -> None:
         with self._lock:  # threads that waited together are answered together

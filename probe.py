@@ -1,4 +1,4 @@
-"""Two real steps of a stage at falling batch sizes, on the longest rows: the largest size that fits.
+"""Two real steps of a stage at falling batch sizes, on the longest rows and rollouts: the largest size that fits.
 
 Opened by `configure_training.py --probe`. Each trial is a process of its own, which leaves nothing behind.
 """
@@ -23,6 +23,9 @@ from config import SettingsError, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from generation import CropEngine
+    from vllm_generation import VLLMEngine
 
 GIB = 2**30
 MARK = "probe: "  # what stands before the result, among all that a trial prints
@@ -106,6 +109,8 @@ def _two_steps(stage: str, settings: TrainingSettings, limit: int, on_gpu: bool)
     try:
         trainer = build(load_for_training(settings.model, settings.data, config, start), settings)
         _keep_longest(trainer)
+        if stage == "grpo":
+            write_to_the_end(trainer.engine)
         seconds = _timed(trainer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -141,6 +146,14 @@ def _keep_longest(trainer: Trainer) -> None:
     lengths = rows["length"]
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])
     trainer.train_dataset = rows.select(order[:steps])
+
+
+def write_to_the_end(engine: CropEngine | VLLMEngine) -> None:
+    """What fits for rollouts of `max_completion_length` fits for all: no rollout of the engine ends by itself."""
+    ends = list(engine.writer.stop_ids)
+    engine.writer.suppressed += ends
+    if hasattr(engine, "decoder"):
+        engine.decoder.suppressed[ends] = True
 
 
 def _timed(trainer: Trainer) -> float:

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from checkpoints import STAGING, StoppedError, checkpoints_in, full_disk_reported, put_in_place
+from patience import Patience
 from row_index import FaultLog
 
 Row = tuple[int, int]  # line of the data file, and place in its QnA
@@ -298,6 +299,7 @@ class StopOnSignal(TrainerCallback):
         try:
             yield
         finally:
+            Patience.process_stops = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -307,6 +309,7 @@ class StopOnSignal(TrainerCallback):
         name = signal.Signals(number).name
         if self.received is None:
             self.received, self.since = number, time.monotonic()
+            Patience.process_stops = True
             # print may be what was interrupted
             os.write(2, f"\n{name}: saving at the end of this step, then stopping; once more quits at once\n".encode())
         elif time.monotonic() - self.since > 1:  # a launcher passes on what the terminal has sent already

@@ -82,15 +82,6 @@ def test_vlir_boxes_are_mapped_from_what_qwens_processor_makes_of_the_image(conv
     assert conversion.lost == set()
 
 
-@settings(deadline=None)
-@given(size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)).filter(lambda size: max(size) <= 199 * min(size)))
-def test_qwen_size_is_that_of_the_public_smart_resize(size):
-    from qwen_vl_utils.vision_process import smart_resize
-
-    height, width = smart_resize(size[1], size[0], factor=28, min_pixels=3136, max_pixels=1605632)
-    assert qwen_size(size, 1605632) == (width, height)
-
-
 @pytest.mark.parametrize(
     ("frame", "box"), [("original", [56, 28, 112, 56]), ("normalized_1000", [5.6, 1.68, 11.2, 3.36])]
 )

@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import conversation
 from conversation import load_image
 from crop_tool import CropContract, shown_image_size
 
@@ -106,6 +108,35 @@ def test_a_url_or_data_uri_that_gives_no_image_is_named(source):
         load_image(source)
 
 
+def test_an_image_behind_a_url_is_read_within_bounds(serve, monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
+    content = encoded_image(picture)
+
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(bytes(10_000))
+
+    pages = {
+        "/picture.png": lambda handler: handler.send(content),
+        "/moved.png": lambda handler: handler.send(b"", 302, Location="/picture.png"),
+        "/none.png": lambda handler: handler.send(b"", 404),
+        "/page.html": lambda handler: handler.send(b"<p>sign in</p>"),
+        "/endless.png": endless,
+        "/silent.png": lambda handler: time.sleep(3),
+    }
+    host = serve(lambda handler, _: pages[handler.path](handler)).url.removesuffix("/v1")
+    for name in ("picture", "moved"):
+        assert np.array_equal(np.asarray(load_image(f"{host}/{name}.png")), np.asarray(picture))
+    monkeypatch.setattr(conversation, "URL_BYTES", 1_000_000)
+    monkeypatch.setattr(conversation, "URL_TIMEOUT", 0.3)
+    faults = {"none.png": "404", "page.html": "cannot identify", "endless.png": "more than 1,000,000 bytes"}
+    for name, reason in {**faults, "silent.png": "timed out"}.items():
+        with pytest.raises(ValueError, match=f"unreadable image {host}/{name}: .*{reason}"):
+            load_image(f"{host}/{name}")
+
+
 # ------------------------------------------------------------------------------------------ unusual files
 
 
@@ -161,6 +192,7 @@ def test_strips_of_a_pixel_are_shown_whole_up_to_200_times_as_long_as_wide(tmp_p
 
 BOMB = """
 import base64, resource, sys
+import conversation
 from conversation import load_image
 load_image(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,10 +6,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -190,6 +193,27 @@ def test_an_outage_in_rgrpo_is_waited_out_or_leaves_a_checkpoint_that_goes_on_ex
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_signal_ends_the_waiting_with_a_checkpoint_that_goes_on_exactly(run, tmp_path, case):
+    flags, deaths = CASES[case]
+    started = []
+
+    def stop() -> None:
+        while not hasattr(run, "servers") or all(server.server.fileno() != -1 for server in run.servers):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        started.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(StoppedError, match=r"gave no answer in [0-9] s .*Stopped before step \d; .* is saved"):
+        run("cut", flags, waits=600, **deaths)
+    assert time.monotonic() - started[0] < 30
+    assert not Patience.process_stops
+    whole, resumed = (run(name, flags)[0] for name in ("whole", "cut"))
+    assert_same_run(whole, resumed)
+
+
 @pytest.mark.parametrize(("which", "step"), [(0, 2), (1, 2), (0, 5), (1, 5)])
 def test_an_outage_while_the_crop_gain_is_measured_stops_before_a_step_and_not_after_the_last(
     run, tmp_path, monkeypatch, capsys, which, step
@@ -252,7 +276,6 @@ def test_pauses_grow_and_patience_ends(monkeypatch):
     clock, pauses = [0.0], []
 
     def sleep(seconds):
-        pauses.append(seconds)
         clock[0] += seconds
 
     monkeypatch.setattr(patience.time, "monotonic", lambda: clock[0])
@@ -260,9 +283,12 @@ def test_pauses_grow_and_patience_ends(monkeypatch):
     server = Patience("the server", 100)
     with pytest.raises(OutageError, match=r"the server gave no answer in 100 s \(refused\)"):
         while True:
+            before = clock[0]
             server.failed("refused")
+            pauses.append(clock[0] - before)
     assert pauses[0] == patience.FIRST_PAUSE and 20 < max(pauses) <= 30 and sum(pauses) == 100
     assert pauses[:-1] == sorted(pauses[:-1])
+    assert len(pauses) < 15
     server.answered()
     server.failed("refused again")
-    assert len(pauses) < 15
+    assert clock[0] == 100 + patience.FIRST_PAUSE

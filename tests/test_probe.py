@@ -4,6 +4,7 @@ python -m pytest tests/test_probe.py
 """
 
 import pytest
+from test_trainers import grpo_trainer, settings_for
 
 import configure_training
 import probe
@@ -36,6 +37,19 @@ def test_two_steps_of_grpo_roll_out_and_train(flags):
     found = probe.largest_batch("grpo", flags, 4, 8)
     assert (found.batch_size, found.fits) == (4, True)
     assert found.tokens_per_second > 0
+
+
+def test_probed_rollouts_are_as_long_as_any_can_be(base_folder, data_folder, tmp_path):
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, max_completion_length=256, max_crops=0)
+    _, trainer = grpo_trainer(settings)
+
+    def ends() -> set[str]:
+        trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+        return {rollout.finish_reason for rollout in trainer._batch_rollouts}
+
+    assert "stop" in ends()
+    probe.write_to_the_end(trainer.engine)
+    assert ends() == {"length"}
 
 
 def test_a_trial_that_fails_for_another_reason_is_not_taken_for_out_of_memory(flags):
