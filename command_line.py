@@ -27,7 +27,7 @@ from config import (
     placeholder,
     read_json,
     require,
-    trl_field_names,
+    trl_fields,
 )
 
 
@@ -106,7 +106,7 @@ def split_stage_flags(flags: dict[str, Any], stages: tuple[str, ...]) -> dict[st
     """
     given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     prefixed: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
-    known = {stage: {*own_fields(STAGES[stage]), *trl_field_names(stage), *ALIASES} for stage in STAGES}
+    known = {stage: {*own_fields(STAGES[stage]), *trl_fields(stage), *ALIASES} for stage in STAGES}
     for flag, value in flags.items():
         stage, _, name = flag.partition("_")
         readers = [reader for reader in stages if flag in known[reader]]

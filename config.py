@@ -422,21 +422,29 @@ def check_server(address: str | None, is_used: bool, flag: str) -> None:
 # ------------------------------------------------------------------------------------- names and values
 
 
+PLAIN_TYPES = {"bool": bool, "int": int, "float": float}
+PLAIN_TYPES |= {f"{name} | None": kind | None for name, kind in PLAIN_TYPES.items()}
+
+
 @cache
-def trl_field_names(stage: str) -> frozenset[str]:
-    """Field names of TRL's `SFTConfig` / `GRPOConfig`, read from the source: importing it takes seconds."""
+def trl_fields(stage: str) -> dict[str, Any]:
+    """Name -> type (None where it is no number or truth value) of each field of TRL's `SFTConfig` / `GRPOConfig`.
+
+    Read from the source: importing it takes seconds.
+    """
     roots = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("trl", "transformers")}
     files = [
         roots["trl"] / "trainer" / TRL_CONFIGS[stage],
         roots["trl"] / "trainer" / "base_config.py",
         roots["transformers"] / "training_args.py",
     ]
-    names = set()
+    found: dict[str, Any] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                names |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
-    return frozenset(name for name in names if not name.startswith("_"))
+            for item in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(item, ast.AnnAssign) and not item.target.id.startswith("_"):
+                    found.setdefault(item.target.id, PLAIN_TYPES.get(ast.unparse(item.annotation)))
+    return found
 
 
 def own_fields(config: type) -> dict[str, type]:
@@ -486,10 +494,11 @@ def build_stage(stage: str, given: dict[str, Any]) -> StageConfig:
         name = ALIASES.get(name, name)
         if name in hints:
             own[name] = convert(name, value, hints[name])
-        elif name in trl_field_names(stage):
-            passed[name] = value
+        elif name in trl_fields(stage):
+            hint = trl_fields(stage)[name]
+            passed[name] = convert(name, value, hint) if hint and isinstance(value, str) else value
         else:
-            known = {*hints, *trl_field_names(stage), *ALIASES}
+            known = {*hints, *trl_fields(stage), *ALIASES}
             raise SettingsError(f"unknown setting {name!r} of the {stage} stage.{nearest(name, known)}")
     return config(**own, trl=passed)
 

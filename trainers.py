@@ -9,7 +9,9 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinned with TRL; the notice helps no user
@@ -180,10 +182,7 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
             self.use_vllm, self.vllm_generation, self._last_loaded_step = True, engine, -1
-            if self.is_fsdp_enabled or zero_stage(self) == 3:
-                raise SettingsError(
-                    "rollout_backend vllm takes whole weights from each process: use DDP or ZeRO-2, or leave it out"
-                )
+            engine.gathered = partial(whole_weights, self)
         check_rollouts_possible(self)
         if isinstance(engine, CropEngine) and (self.is_fsdp_enabled or zero_stage(self) == 3):
             engine.decoder.cuda_graphs = False  # weights that are gathered for a rollout lie elsewhere each time
@@ -360,7 +359,7 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             renderer.prompt(example.question, original) for example, original in zip(examples, originals, strict=True)
         ]
         # In the precision in which the rollouts will be scored.
-        with shared_outage(), whole_weights(self), self.accelerator.autocast():
+        with shared_outage(), self.weights_for_rollouts(), self.accelerator.autocast():
             counts = [len(group) for group in places.values()]
             rollouts = iter(self.engine.generate(prompts, self.sampling, counts, keep_features=self.keeps_features))
         found: dict[int, tuple[Rollout, Reference]] = {}
@@ -383,6 +382,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             "rollout": [rollout for rollout, _ in pairs],
             "reference": [reference for _, reference in pairs],
         }
+
+    def weights_for_rollouts(self) -> AbstractContextManager:
+        """Whole weights, where our engine decodes with them; vLLM has its own."""
+        return nullcontext() if self.use_vllm else whole_weights(self)
 
     def _image(self, example: Example) -> Image.Image:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,10 @@ class VLLMEngine:
     """Generates with crops on vLLM; results are those of `CropEngine`.
 
     model: where it trains, `sync_weights` brings its weights to vLLM; an adapter is merged on the way.
+    gathered: a context in which the model's weights are whole, where training cuts them up.
     """
+
+    gathered: Callable[[], AbstractContextManager] = nullcontext
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class VLLMEngine:
 
     def sync_weights(self) -> None:
         """Bring the model's present weights to vLLM; to be called on every process. TRL does before each rollout."""
-        with shared_outage():  # in which all wait for the first
+        with self.gathered(), shared_outage():  # in which all wait for the first
             if is_main_process() or not self.backend.is_shared:
                 self.backend.load(trained_weights(self.model))
 
@@ -191,8 +195,7 @@ def training_engine(loaded: LoadedModel, renderer: Renderer, config: GRPOStageCo
     rows = config.rollout_batch_size
     if config.vllm_server is not None:
         folder = config.vllm_sync_dir or Path(config.output_dir, "vllm_weights")
-        weights = partial(trained_weights, loaded.model)
-        backend = VLLMServer(config.vllm_server, rows, folder, config.vllm_patience, weights)
+        backend = VLLMServer(config.vllm_server, rows, folder, config.vllm_patience)
     else:
         base = base_model_of(start) if is_adapter(start) else start
         dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
@@ -244,16 +247,19 @@ def trained_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
     place and back again, as is usual, would round the base's weights a little further at every step.
     """
     import torch
+    from peft.utils.integrations import dequantize_module_weight
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     trained = {is_visual(name) for name, value in model.named_parameters() if value.requires_grad}
     layers = {name: layer for name, layer in base.named_modules() if hasattr(layer, "base_layer")}
     with torch.no_grad():
-        for name, value in base.state_dict().items():
+        for name, value in base.named_parameters():  # FSDP's `state_dict` would cut up again what was made whole
             owner, _, kind = name.rpartition(".")
             is_tied = name == "lm_head.weight" and base.config.tie_word_embeddings
             if is_visual(name) not in trained or "lora_" in name or is_tied:
                 continue
+            if hasattr(value, "quant_state"):  # 4 bits
+                value = dequantize_module_weight(base.get_submodule(owner))
             layer = layers.get(owner.removesuffix(".base_layer"))
             if layer is not None and kind == "weight":
                 for adapter in layer.active_adapters:

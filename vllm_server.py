@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
-import tempfile
+import os
+import re
+import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,8 +57,8 @@ class VLLMServer:
     """A running `vllm serve`, by its address. Any number of processes may use it.
 
     Its log-probs are those at temperature 1. Weights go through a folder that both sides see. Where it does not answer
-    it is waited for. One that comes back has the weights that it was started with, so it gets the present ones first,
-    and what it answered meanwhile is asked again.
+    it is waited for. One that comes back has the weights that it was started with, so it reads the present ones first,
+    which lie in the folder until the process ends, and what it answered meanwhile is asked again.
     """
 
     is_shared = True
@@ -67,15 +69,14 @@ class VLLMServer:
         rows: int,
         folder: str | Path | None = None,
         patience: float = DEFAULT_PATIENCE,
-        weights: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None,
     ) -> None:
-        """url: like `http://localhost:8000`. rows: requests at a time. folder: for `load`. patience: seconds.
-
-        weights: those that it must have, where they are not those that it was started with.
-        """
+        """url: like `http://localhost:8000`. rows: requests at a time. folder: for `load`. patience: seconds."""
         import requests
 
-        self.url, self.rows, self.folder, self.weights = url.rstrip("/"), rows, folder, weights
+        self.url, self.rows = url.rstrip("/"), rows
+        # Of its own: two runs with a server each may name the same folder.
+        self.folder = None if folder is None else Path(folder, re.sub(r"\W+", "_", self.url))
+        self.remover: weakref.finalize | None = None
         self.session = requests.Session()
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=rows))
         self.patience, self.lock, self.outages = Patience(f"the vLLM server at {url}", patience), threading.Lock(), 0
@@ -124,23 +125,21 @@ class VLLMServer:
         )
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        with self._written(weights) as folder:
-            self._lasting(partial(self._read, folder))
-
-    @contextlib.contextmanager
-    def _written(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[str]:
+        """Bring it weights; with several processes one does, for all."""
         from safetensors.torch import save_file
 
         if self.folder is None:
             raise SettingsError("weights cannot be brought to a server without a folder that both sides see")
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in weights}
-            save_file(tensors, Path(folder, "model.safetensors"))
-            yield folder
+        if self.remover is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.remover = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in weights}
+        save_file(tensors, self.folder / "new.safetensors")
+        os.replace(self.folder / "new.safetensors", self.folder / "model.safetensors")
+        self._lasting(self._read)
 
-    def _read(self, folder: str) -> None:
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+    def _read(self) -> None:
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
         for cache in ("prefix", "encoder"):
             self._post(f"/reset_{cache}_cache", {})
 
@@ -171,9 +170,8 @@ class VLLMServer:
                 self.patience.failed(reason)
                 try:
                     self._served()
-                    if self.weights is not None:
-                        with self._written(self.weights()) as folder:
-                            self._read(folder)
+                    if self.folder is not None:
+                        self._read()
                 except _NoAnswer as error:
                     reason = str(error)
                 else:

@@ -29,7 +29,6 @@ from measures import Answer, crop_gain, measure
 from patience import OutageError, shared_outage
 from rollout_pages import KEPT_GROUPS, ScoredRollout, groups_of, keep_rollouts
 from rollouts import SamplingParams
-from sharding import whole_weights
 from trackers import send_rollouts
 
 if TYPE_CHECKING:
@@ -221,7 +220,7 @@ class CropGain(TrainerCallback):
         share = self.questions[self.trainer.args.process_index :: self.trainer.args.world_size]
         faults: list[str] = []  # known since the data check
         self._bring_weights()
-        with shared_outage(), whole_weights(self.trainer), self.trainer.accelerator.autocast():
+        with shared_outage(), self.trainer.weights_for_rollouts(), self.trainer.accelerator.autocast():
             answers = [
                 answer.to_json()
                 for crops in ("real", "blank")

@@ -12,7 +12,7 @@ import pytest
 
 import config
 from command_line import parse_pass_through, parse_training, resolve_training
-from config import SETTINGS_FILE, InferenceConfig, SettingsError, build, convert, trl_field_names
+from config import SETTINGS_FILE, InferenceConfig, SettingsError, build, convert, trl_fields
 
 ROOT = Path(__file__).parent.parent
 BOTH = ("sft", "grpo")
@@ -190,7 +190,10 @@ def test_inference_settings_that_cannot_be_are_refused(values, message):
 def test_names_read_from_trls_source_are_the_fields_of_its_config(stage, name):
     import trl
 
-    assert trl_field_names(stage) == {item.name for item in dataclasses.fields(getattr(trl, name)) if item.init}
+    fields = {item.name: item.type for item in dataclasses.fields(getattr(trl, name)) if item.init}
+    assert trl_fields(stage).keys() == fields.keys()
+    plain = {name: kind for name, kind in trl_fields(stage).items() if kind is not None}
+    assert len(plain) > 80 and plain == {name: fields[name] for name in plain}
 
 
 def test_further_fields_of_trl_are_passed_on_from_flags():
@@ -218,6 +221,23 @@ def test_values_of_further_flags_have_their_json_types():
     given = parse_pass_through(rest)
     assert given == {"a": 1, "b": 0.5, "c": False, "d": [1, 2], "e": "007", "f": True, "g": "x=y", "h": None}
     assert type(given["a"]) is int and type(given["c"]) is bool
+
+
+def test_text_for_a_truth_value_or_number_of_trl_is_converted_or_refused(capsys):
+    flags = [
+        "--log_completions",
+        "False",
+        "--vllm_importance_sampling_correction",
+        "FALSE",
+        "--generation_batch_size",
+        "none",
+    ]
+    given = parse(*flags, "--run_name", "True", stages=("grpo",)).grpo.trl
+    assert given["log_completions"] is given["vllm_importance_sampling_correction"] is False
+    assert given["generation_batch_size"] is None and given["run_name"] == "True"
+    assert "top_k is 'many', but it must be a number" in refused(capsys, "--top_k", "many", stages=("grpo",))
+    message = "log_completions is 'maybe', but it must be true or false"
+    assert message in refused(capsys, "--log_completions", "maybe", stages=("grpo",))
 
 
 @pytest.mark.parametrize("name", ["packing", "dataset_kwargs", "remove_unused_columns"])

@@ -17,7 +17,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
+from test_outages import WordModel
 from two_processes import Group
 
 from config import InferenceConfig, SettingsError
@@ -59,6 +60,11 @@ def launcher_environment(config: Path, *flags: str) -> dict[str, str]:
     else:
         environment = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def zero_environment(stage: int) -> dict[str, str]:
+    environment = launcher_environment(ROOT / f"configs/accelerate/zero{stage}.yaml", "--mixed_precision", "no")
+    return environment | {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +237,69 @@ def test_fsdp2_goes_on_from_a_checkpoint(fsdp):
     assert_same_weights(fsdp[0] / "resume/final_model", fsdp[0] / "straight/final_model")
 
 
+class WeightKeeper(WordModel):
+    """Keeps all weights that it is brought, and says the same whatever they are."""
+
+    def __init__(self, *args) -> None:
+        self.brought: list[dict[str, torch.Tensor]] = []
+        super().__init__(*args)
+
+    def answer(self, handler, body) -> None:
+        if handler.path == "/collective_rpc":
+            self.brought.append(load(Path(body["kwargs"]["weights_path"], "model.safetensors").read_bytes()))
+            handler.send(b"")
+        else:
+            super().answer(handler, body)
+
+
+@pytest.fixture
+def brought(base_folder, data_folder, tmp_path, serve, renderer):
+    """Weights that a server was brought in two runs of two steps, and what the processes report."""
+
+    def run(kind: str, **environment: str):
+        keeper = WeightKeeper(serve, renderer)
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "server").write_text(keeper.address)
+        results = run_scenarios(base_folder, data_folder, tmp_path / kind, ["served"], **environment)["served"]
+        assert not list((tmp_path / kind).glob("*/vllm_weights/*")), "weights are left behind"
+        return keeper.brought, results
+
+    return run
+
+
+def assert_brings_the_same(brought, kind: str, **environment: str) -> None:
+    """`kind` of sharding brings to the server what DDP does."""
+    whole, alike = brought("ddp"), brought(kind, **environment)
+    assert len(whole[0]) == len(alike[0]) == 4
+    for one, other in zip(whole[0], alike[0], strict=True):
+        assert one.keys() == other.keys() and len(one) > 20
+        assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    for start, later in ((0, 1), (2, 3)):
+        assert any(not torch.equal(value, whole[0][later][name]) for name, value in whole[0][start].items())
+    for one, other in zip(whole[1], alike[1], strict=True):
+        for name in ("whole", "adapter"):
+            assert one[name]["texts"] == other[name]["texts"] and len(set(one[name]["texts"])) > 1
+            assert one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-4, abs=1e-6)
+    assert whole[1][0]["whole"]["texts"] != whole[1][1]["whole"]["texts"]
+
+
+def test_fsdp2_brings_a_vllm_server_the_weights_that_ddp_does(brought):
+    config = ROOT / "configs/accelerate/fsdp2.yaml"
+    assert_brings_the_same(brought, "fsdp", **launcher_environment(config, "--mixed_precision", "no"))
+
+
+@pytest.mark.slow
+def test_zero3_brings_a_vllm_server_the_weights_that_ddp_does(brought):
+    pytest.importorskip("deepspeed")  # not among the requirements
+    assert_brings_the_same(brought, "zero3", **zero_environment(3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_learns_and_saves_what_one_process_does(alone, base_folder, data_folder, tmp_path, stage):
     pytest.importorskip("deepspeed")  # not among the requirements
     names = ["sft", "grpo", "lora"]
-    environment = launcher_environment(ROOT / f"configs/accelerate/zero{stage}.yaml", "--mixed_precision", "no")
-    environment |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    results = run_scenarios(base_folder, data_folder, tmp_path, names, **environment)
+    results = run_scenarios(base_folder, data_folder, tmp_path, names, **zero_environment(stage))
     for name in names:
         for result in results[name]:
             assert result["loss"] == pytest.approx(alone[1][name]["loss"], rel=1e-4)

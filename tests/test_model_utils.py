@@ -34,6 +34,7 @@ from model_utils import (
     training_dtype,
     write_folder,
 )
+from vllm_generation import trained_weights
 
 FULL, LORA = SFTStageConfig(), SFTStageConfig(use_lora=True, lora_r=4, lora_dropout=0.0)
 
@@ -375,7 +376,15 @@ def test_adapters_train_in_float32_on_four_bit_weights_in_both_stages_and_merge_
     folder = save(again, tmp_path / "grpo/final_model")
     shutil.rmtree(Path(folder) / "ref", ignore_errors=True)
     assert merge_adapter(folder, str(tmp_path / "merged")).difference < 1e-4
-    assert infer(tmp_path / "merged").model.dtype == torch.float32
+    merged = infer(tmp_path / "merged").model
+    assert merged.dtype == torch.float32
+    # What a vLLM of the same run gets is the model that trains, rounded weights and all.
+    sent = dict(trained_weights(again.model))
+    assert not merged.load_state_dict(sent, strict=False).unexpected_keys and len(sent) > 3 * 7
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids).logits for model in (again.model, merged))
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def _train_and_check(trainer):

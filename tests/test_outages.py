@@ -147,6 +147,7 @@ def run(base_folder, data_folder, tmp_path, serve, renderer):
             "rollout_backend": "vllm",
             "vllm_server": servers[1].address,
             "vllm_patience": waits,
+            "vllm_importance_sampling_correction": "false",  # its log-probs are invented, and would weigh nothing
             "judge_url": f"http://127.0.0.1:{servers[0].server.server_port}/v1",
             "judge_model": "words",
             "judge_cache": str(tmp_path / f"{name}.sqlite"),
@@ -173,6 +174,7 @@ CASES = {
 def test_an_outage_in_rgrpo_is_waited_out_or_leaves_a_checkpoint_that_goes_on_exactly(run, tmp_path, capsys, case):
     flags, deaths = CASES[case]
     whole, _ = run("whole", flags)
+    assert any(item["grad_norm"] > 0 for item in whole.state.log_history if "grad_norm" in item)
     back, servers = run("back", flags, **{case: {**deaths[case], "returns": 1.0}})
     assert_same_run(whole, back)
     said = capsys.readouterr().err

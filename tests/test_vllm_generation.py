@@ -417,16 +417,22 @@ def test_three_rgrpo_steps_sample_from_the_weights_that_train(
     log = [item for item in trainer.state.log_history if "loss" in item]
     # The rollouts of each step came from the synced weights: TRL compares their log-probs with the trainer's.
     assert max(item["sampling/sampling_logp_difference/max"] for item in log) < 1e-3
-    assert not list(tmp_path.glob("vllm_weights/*"))
+    kept = [path.name for path in tmp_path.glob("vllm_weights/*/*")]
+    assert kept == (["model.safetensors"] if where == "server" else []), "for a server that comes back without them"
 
 
 @needs_vllm
-def test_two_processes_have_a_vllm_each(base_folder, data_folder, tmp_path):
+@pytest.mark.parametrize("where", ["inside", "server"])
+def test_two_processes_have_a_vllm_each_or_share_a_server(where, base_folder, data_folder, tmp_path, request):
     flags = f"--model_name {base_folder} --train_data {data_folder}/train.jsonl --image_base_path {data_folder} "
     flags += f"--output_dir {tmp_path}/out --rollout_backend vllm --max_steps 2 --num_generations 4 --batch_size 4 "
     flags += "--gradient_accumulation_steps 1 --max_completion_length 16 --use_lora --lora_r 8 --beta 0 "
     flags += "--logging_steps 1 --use_cpu true --ddp_backend gloo --learning_rate 1e-3"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    if where == "server":
+        server = request.getfixturevalue("server")
+        flags += f" --vllm_server {server.url}"
+        request.addfinalizer(lambda: _reset(server))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*launch, "train_grpo.py", *flags.split()],
         cwd=Path(command.__file__).parent,
@@ -440,6 +446,7 @@ def test_two_processes_have_a_vllm_each(base_folder, data_folder, tmp_path):
     differences = [item["sampling/sampling_logp_difference/max"] for item in log if "loss" in item]
     assert len(differences) == 2
     assert max(differences) < 1e-3
+    assert not list(tmp_path.glob("out/vllm_weights/*")), "weights are left behind"
 
 
 @needs_vllm

@@ -177,6 +177,18 @@ class Group:
         log = trainer.fault_logs["train"]
         return {"rows": seen, "known": sorted(log.known), "drawn": log.drawn, "skipped": log.skipped}
 
+    def served(self) -> dict[str, Any]:
+        """Rollouts from a server that both processes ask, with all weights trained and with an adapter."""
+        server = {"rollout_backend": "vllm", "vllm_server": (self.folder / "server").read_text()}
+        server["vllm_importance_sampling_correction"] = "false"  # its log-probs are invented
+        found = {}
+        for name, flags in (("whole", {}), ("adapter", LORA)):
+            settings = self.settings("grpo", f"served_{name}", steps_per_generation=1, **server, **flags)
+            _, trainer = self.grpo_trainer(settings)
+            train(trainer, settings, "grpo")
+            found[name] = {**steps(trainer), "texts": [rollout.text for rollout in trainer._batch_rollouts]}
+        return found
+
     def resume(self) -> dict[str, Any]:
         """Three steps, once at a stretch and once in two runs."""
         shared = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
