@@ -38,7 +38,7 @@ class ModelConfig:
         "auto", "weights in memory; auto: bfloat16/float16 under LoRA with --bf16/--fp16, else float32"
     )
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = setting(
-        "auto", "attention kernel; auto: flash_attention_2 where it is installed and usable, else sdpa"
+        "auto", "attention kernel; auto: sdpa, and flash_attention_2 for the vision tower where it is installed"
     )
     freeze_vision: bool = setting(True, "keep the vision tower and its merger as they are")
     load_in_4bit: bool = setting(False, "LoRA on 4-bit weights (QLoRA); needs bitsandbytes")

@@ -134,14 +134,18 @@ def add_tool_tokens(model: PreTrainedModel, processor: Qwen2_5_VLProcessor, use_
 # -------------------------------------------------------------------------------------------------- load
 
 
-def resolve_attention(choice: str, half: bool) -> str:
-    """`auto`: flash-attn where it is installed and usable (half precision on a GPU), else torch's own sdpa."""
+def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
+    """`auto`: torch's own sdpa, and flash-attn for the vision tower where it is usable (half precision on a GPU).
+
+    The tower's many small windows gain most. In the language model sdpa takes flash kernels by itself, and rollouts are
+    scored behind a shared prompt, which flash-attn cannot mask (packing.py).
+    """
     import torch
 
     if choice != "auto":
         return choice
     usable = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if usable else "sdpa"
+    return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 
 def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:

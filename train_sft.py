@@ -86,8 +86,8 @@ def build_trainer(
         bad_rows = f"{config.output_dir}/bad_rows_val.jsonl"
         validation = load_examples(data.val_data, data, renderer, bad_rows)
         fault_logs["eval"] = FaultLog(data.val_data, bad_rows)
-    uses_sdpa = loaded.model.config.get_text_config()._attn_implementation == "sdpa"
-    default_packing = torch.cuda.is_available() and uses_sdpa and not config.trl.get("label_smoothing_factor")
+    can_pack = loaded.model.config.get_text_config()._attn_implementation != "eager"
+    default_packing = torch.cuda.is_available() and can_pack and not config.trl.get("label_smoothing_factor")
     callbacks = [*(callbacks or [])]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))

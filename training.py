@@ -172,9 +172,11 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     config = getattr(settings, stage)
     model, output = trainer.model, Path(config.output_dir)
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
-    attention = model.config._attn_implementation
+    kinds = [part._attn_implementation for part in (model.config.get_text_config(), model.config.vision_config)]
+    attention, vision = (kind.removeprefix("segmented_") for kind in kinds)  # the same kernels (packing.py)
+    attention += " attention" if vision == attention else f" attention, {vision} in the vision tower"
     say = print if is_main_process() else (lambda *_: None)
-    say(f"{trained:,} of {total:,} parameters train; {attention} attention; device {trainer.args.device}")
+    say(f"{trained:,} of {total:,} parameters train; {attention}; device {trainer.args.device}")
     trainer.add_callback(Throughput())
     if is_main_process():
         remove_leftovers(output)
