@@ -281,13 +281,15 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         images = [list(rollout.images) for rollout in self._batch_rollouts]
         self.tools = [self._roll_out]  # truthy, TRL takes the images of the whole row for scoring
         if self.keeps_features:
-            features = kept_features(self._batch_rollouts, self._encode)
+            # Made whole once: the processes have different numbers of images, and of passes over them.
+            with whole_weights(self) if self.use_vllm else nullcontext():
+                features = kept_features(self._batch_rollouts, self._encode)
             self.processing_class.image_processor = KeptFeatures(self._image_processor, features)
         return (*head, images, images)
 
     def _encode(self, images: list[Image.Image]) -> list[torch.Tensor]:
         """Features of the images of rollouts that came without them, as vLLM's do."""
-        with torch.no_grad(), whole_weights(self), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast():
             return self._decoder.encode(images)
 
     def _get_per_token_logps_and_entropies(

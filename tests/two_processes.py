@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+import scoring
 import train_grpo
 import train_sft
 from checkpoints import StoppedError
@@ -181,6 +182,7 @@ class Group:
         """Rollouts from a server that both processes ask, with all weights trained and with an adapter."""
         server = {"rollout_backend": "vllm", "vllm_server": (self.folder / "server").read_text()}
         server["vllm_importance_sampling_correction"] = "false"  # its log-probs are invented
+        scoring.IMAGES_PER_PASS = 1 + 3 * RANK  # as where one process has many more crops: other numbers of passes
         found = {}
         for name, flags in (("whole", {}), ("adapter", LORA)):
             settings = self.settings("grpo", f"served_{name}", steps_per_generation=1, **server, **flags)
