@@ -5,6 +5,10 @@ import json
 import pytest
 import torch
 from test_trainers import LORA, gradient_positions, settings_for, sft_trainer
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from config import SettingsError
 from conversation import IGNORED
@@ -95,6 +99,31 @@ def test_a_row_in_a_packed_batch_does_not_see_its_neighbours(base_folder, data_f
     own = int((batch["labels"][0] != IGNORED).sum())
     before, after = log_probs(batch), log_probs(other)
     assert torch.equal(before[own:], after[own:]) and not torch.allclose(before[:own], after[:own])
+
+
+def flash_attention_by_parts(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+    """As flash-attention's kernel, which needs a GPU; where sequences begin is found by transformers' own code."""
+    assert attention_mask is None and _is_packed_sequence(position_ids, batch_size=len(query))
+    (starts, _), _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    parts = zip(*(states.split(starts.diff().tolist(), dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_flash_attention_finds_the_rows_of_a_packed_batch(base_folder, data_folder, tmp_path, recompute):
+    AttentionInterface.register("flash_attention_by_parts", flash_attention_by_parts)
+    AttentionMaskInterface.register("flash_attention_by_parts", flash_attention_mask)
+    results = []
+    for attention in ("sdpa", "flash_attention_by_parts"):
+        _, trainer = trainer_for(base_folder, data_folder, tmp_path, gradient_checkpointing=recompute)
+        trainer.model.config.get_text_config()._attn_implementation = attention
+        if attention != "sdpa":
+            trainer._packer = Packer(trainer.model)
+        results.append(loss_and_gradients(trainer, mixed_batch(trainer)))
+    (loss, grads), (packed_loss, packed_grads) = results
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert grads.keys() == packed_grads.keys()
+    assert all(torch.allclose(grads[name], packed_grads[name], atol=1e-5) for name in grads)
 
 
 def test_a_batch_without_labels_gives_zero_loss_and_gradients(base_folder, data_folder, tmp_path):
