@@ -260,7 +260,11 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         """
         rows, faults = self.rows(drawn)
         if not self.rows.is_checked:
-            keys = set(gather_object([(row["line"], row["entry"]) for row in drawn]))
+            own = [[(row["line"], row["entry"]) for row in part] for part in (drawn, rows)]
+            pairs = set(gather_object(list(zip(*own, strict=True))))
+            keys = {key for key, _ in pairs}
+            if len(keys) < len(pairs):  # a group of two prompts
+                self.stop_before_this_step("an image of the rows drawn can be read by some of the processes alone")
             named = {(fault["line"], fault["entry"]): fault for fault in gather_object(faults)}
             self._count_faults("train", len(keys | set(named)), list(named.values()))
         return [row | {"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
