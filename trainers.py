@@ -306,12 +306,18 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         num_images: list[int] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         if not self.shares_prompts:
             images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "num_images": num_images}
+            images["mm_token_type_ids"] = mm_token_type_ids
+            # The model counts images by what it sees, so a row that is masked out must be seen up to its last image.
+            leads_to_image = mm_token_type_ids.flip(1).cummax(1).values.flip(1)[:, -logits_to_keep:]
+            completion_mask = attention_mask[:, -logits_to_keep:] | leads_to_image
+            mask = torch.cat([attention_mask[:, :-logits_to_keep], completion_mask], dim=1)
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **images, **others
+                model, input_ids, mask, logits_to_keep, batch_size, **images, **others
             )
         ids = self.engine.renderer.ids
         tokens = image_grid_thw.prod(-1) // self._image_processor.merge_size**2
