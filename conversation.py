@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ VIDEO_PAD, END_OF_TURN = "<|video_pad|>", "<|im_end|>"
 RESERVED_TOKENS = (IMAGE_PAD, VISION_START, VISION_END, VIDEO_PAD, "<|im_start|>", END_OF_TURN)
 IMAGE_TOKENS = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)  # the model never writes one of these
 IGNORED = -100  # label of a token without loss
-URL_TIMEOUT, URL_BYTES = 30, 64 * 1024 * 1024  # of an image behind a URL: seconds of silence, and the most it may have
+# Of an image behind a URL: seconds of silence, seconds in which it must have come, and the most bytes.
+URL_TIMEOUT, URL_SECONDS, URL_BYTES = 30, 300, 64 * 1024 * 1024
 # A truncated image is an error, never a picture with a grey lower half.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 EpsImagePlugin.gs_binary = False  # PostScript is a program: Pillow would have Ghostscript run it
@@ -89,16 +91,18 @@ def _open(source: Path | str) -> Image.Image:
 
 
 def _fetched(url: str) -> bytes:
-    """What is behind a URL. A host that stalls, or sends without end, must not hold a training run."""
+    """What is behind a URL. A host that stalls, trickles, or sends without end, must not hold a training run."""
     import httpx2
 
-    content = bytearray()
+    content, end = bytearray(), time.monotonic() + URL_SECONDS
     with httpx2.stream("GET", url, follow_redirects=True, timeout=URL_TIMEOUT) as reply:
         reply.raise_for_status()
         for piece in reply.iter_bytes():
             content += piece
             if len(content) > URL_BYTES:
                 raise ValueError(f"more than {URL_BYTES:,} bytes")
+            if time.monotonic() > end:
+                raise ValueError(f"not complete after {URL_SECONDS} s")
     return bytes(content)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 FULL_CHECK_ROWS = 10_000  # data_check=auto: longer files are checked row by row as they are drawn
 PROBED_ROWS = 32
-MOST_IN_A_ROW = 100  # faulty rows behind each other
+MOST_IN_A_ROW = 100  # faulty rows drawn behind each other
 MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
 CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
 
@@ -139,23 +140,22 @@ def _probe(table: Dataset, checker: Checker, bad_rows_file: str) -> None:
 
 
 class SoundRows:
-    """Rows as drawn -> checked rows; for a faulty one the next sound row of the file.
+    """Rows as drawn -> checked rows; for a faulty one a sound row from anywhere in the file.
 
     R-GRPO cannot leave a row out, since a group would be without rollouts. Every process that draws the row takes the
-    same one for it.
+    same one for it. Not a neighbour: faulty rows come in blocks, as where one of many folders is missing.
     """
 
     def __init__(self, table: Dataset, checker: Checker) -> None:
         """table: what `load_training_rows` gives."""
         self.table, self.checker = table, checker
         self.is_checked = "response" in table.column_names
-        self._lines = None if self.is_checked else table.with_format("numpy")["line"][:]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A row for each of `rows`, with the columns of `Checked`; and what was wrong with those that were passed over.
 
         Raises:
-            SettingsError: where many rows in a row are faulty.
+            SettingsError: where many rows drawn behind each other are faulty.
         """
         if self.is_checked:
             return [dict(row) for row in rows], []
@@ -168,18 +168,17 @@ class SoundRows:
         return [dict(found[row["line"], row["entry"]]) for row in rows], faults
 
     def _sound(self, row: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any]:
-        place = int(self._lines.searchsorted(row["line"])) + row["entry"]
-        for _ in range(min(MOST_IN_A_ROW, len(self.table))):
-            row = self.table[place % len(self.table)]
+        dice = random.Random(f"{row['line']} {row['entry']}")
+        for _ in range(MOST_IN_A_ROW):
             checked = self.checker.draw(row["line"], row["entry"], row["offset"])[0]
             if not checked.fault:
                 return dict(vars(checked))
             faults.append(vars(checked))
-            place += 1
+            row = self.table[dice.randrange(len(self.table))]
         path = self.checker.data.train_data
         raise SettingsError(
-            f"{MOST_IN_A_ROW} rows of {path} in a row are faulty, the last: {describe_faults(faults[-1:], most=1)[0]}. "
-            f"Run data_utils.py --check {path} to see all"
+            f"{MOST_IN_A_ROW} rows drawn from {path} were all faulty, the last: "
+            f"{describe_faults(faults[-1:], most=1)[0]}. Run data_utils.py --check {path} to see all"
         )
 
 

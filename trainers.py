@@ -260,7 +260,11 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         """
         rows, faults = self.rows(drawn)
         if not self.rows.is_checked:
-            keys = set(gather_object([(row["line"], row["entry"]) for row in drawn]))
+            own = [[(row["line"], row["entry"]) for row in part] for part in (drawn, rows)]
+            pairs = set(gather_object(list(zip(*own, strict=True))))
+            keys = {key for key, _ in pairs}
+            if len(keys) < len(pairs):  # a group of two prompts
+                self.stop_before_this_step("an image of the rows drawn can be read by some of the processes alone")
             named = {(fault["line"], fault["entry"]): fault for fault in gather_object(faults)}
             self._count_faults("train", len(keys | set(named)), list(named.values()))
         return [row | {"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
@@ -281,13 +285,15 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         images = [list(rollout.images) for rollout in self._batch_rollouts]
         self.tools = [self._roll_out]  # truthy, TRL takes the images of the whole row for scoring
         if self.keeps_features:
-            features = kept_features(self._batch_rollouts, self._encode)
+            # Made whole once: the processes have different numbers of images, and of passes over them.
+            with whole_weights(self) if self.use_vllm else nullcontext():
+                features = kept_features(self._batch_rollouts, self._encode)
             self.processing_class.image_processor = KeptFeatures(self._image_processor, features)
         return (*head, images, images)
 
     def _encode(self, images: list[Image.Image]) -> list[torch.Tensor]:
         """Features of the images of rollouts that came without them, as vLLM's do."""
-        with torch.no_grad(), whole_weights(self), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast():
             return self._decoder.encode(images)
 
     def _get_per_token_logps_and_entropies(
@@ -300,12 +306,18 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         num_images: list[int] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         if not self.shares_prompts:
             images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "num_images": num_images}
+            images["mm_token_type_ids"] = mm_token_type_ids
+            # The model counts images by what it sees, so a row that is masked out must be seen up to its last image.
+            leads_to_image = mm_token_type_ids.flip(1).cummax(1).values.flip(1)[:, -logits_to_keep:]
+            completion_mask = attention_mask[:, -logits_to_keep:] | leads_to_image
+            mask = torch.cat([attention_mask[:, :-logits_to_keep], completion_mask], dim=1)
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **images, **others
+                model, input_ids, mask, logits_to_keep, batch_size, **images, **others
             )
         ids = self.engine.renderer.ids
         tokens = image_grid_thw.prod(-1) // self._image_processor.merge_size**2

@@ -74,8 +74,8 @@ class VLLMServer:
         import requests
 
         self.url, self.rows = url.rstrip("/"), rows
-        # Of its own: two runs with a server each may name the same folder.
-        self.folder = None if folder is None else Path(folder, re.sub(r"\W+", "_", self.url))
+        # Of its own: two runs with a server each may name the same folder. Absolute: the server runs elsewhere.
+        self.folder = None if folder is None else Path(folder, re.sub(r"\W+", "_", self.url)).absolute()
         self.remover: weakref.finalize | None = None
         self.session = requests.Session()
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=rows))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, build_model, build_renderer, build_response, counted, medians, report, side
+from common import Counts, arguments, build_model, build_renderer, build_response, counted, medians, report, side
 from PIL import Image
 
 import train_grpo
@@ -110,14 +112,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), args)
         updates = {name: Update(build_trainer(Path(folder), kind, args), args) for name, kind in names.items()}
-        for update in updates.values():
-            update()  # makes the rollouts, and warms up
+        firsts: dict[str, Counts] = {}
+        for name, update in updates.items():  # makes the rollouts, and warms up
+            with counted(update.trainer.engine.base) as firsts[name], counted_reference(update, firsts[name]):
+                update()
     counts, gradients, peaks = {}, {}, {}
     for name, update in updates.items():
         model = update.trainer.engine.base
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        with counted(model) as counts[name], counted_reference(update.trainer.ref_model, counts[name]):
+        with counted(model) as counts[name], counted_reference(update, counts[name]):
             update()
         peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if args.device != "cpu" else 0.0
         gradients[name] = update.gradient()
@@ -133,33 +137,28 @@ def main() -> None:
     rollouts = updates["row by row"].rollouts
     # A loop that re-encodes the prompt and every crop so far after each crop, for each rollout, and twice in training.
     in_rollouts = sum(sum(tokens[: n + 1]) for tokens in map(image_tokens, rollouts) for n in range(len(tokens)))
-    encoded_once = sum(image_tokens(rollouts[0])[:1]) + sum(sum(image_tokens(rollout)[1:]) for rollout in rollouts)
+    ours = firsts["shared and kept"].image_tokens  # rollouts included
     theirs = in_rollouts + counts["row by row"].image_tokens
     report(
         "scoring and update of one group",
         rows,
         args,
         gradient_difference=difference,
-        image_tokens_per_step=f"{theirs} against {encoded_once}: {theirs / encoded_once:.1f} times fewer",
+        image_tokens_per_step=f"{theirs} against {ours}: {theirs / ours:.1f} times fewer",
     )
 
 
-def counted_reference(model: Any, counts: Any) -> Any:
+@contextmanager
+def counted_reference(update: Update, counts: Counts) -> Iterator[None]:
     """Add the passes of the reference model, where it is one of its own."""
-    import contextlib
-
-    @contextlib.contextmanager
-    def add() -> Any:
-        if model is None:
-            yield
-            return
-        with counted(model) as more:
-            yield
-        counts.prefill_tokens += more.prefill_tokens
-        counts.images += more.images
-        counts.image_tokens += more.image_tokens
-
-    return add()
+    if update.trainer.ref_model is None:
+        yield
+        return
+    with counted(update.trainer.ref_model) as more:
+        yield
+    counts.prefill_tokens += more.prefill_tokens
+    counts.images += more.images
+    counts.image_tokens += more.image_tokens
 
 
 def image_tokens(rollout: Any) -> list[int]:

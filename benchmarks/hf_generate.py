@@ -42,6 +42,10 @@ class Response:
     logprobs: list[float] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
 
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.ids
+
     def next_segment(self, close: int) -> list[int]:
         """Tokens up to the next call, or to the end."""
         end = self.script.index(close) + 1 if close in self.script else len(self.script)
@@ -101,15 +105,15 @@ def _last(ids: list[int], renderer: Renderer) -> int:
     return len(ids) - 1 - ids[::-1].index(opening)
 
 
-def check_equal(rollouts: Sequence, responses: Sequence[Response], device: str) -> None:
-    """The engine's rollouts are those of `generate`: same ids, same images, same log-probs of the forced tokens.
+def check_equal(rollouts: Sequence, others: Sequence, device: str) -> None:
+    """The engine's rollouts are those of another side: same ids, same images, same log-probs of the forced tokens.
 
     Raises:
         AssertionError: naming the row.
     """
     tolerance = 1e-3 if device == "cpu" else 0.2  # bfloat16 on a GPU
-    for number, (ours, theirs) in enumerate(zip(rollouts, responses, strict=True)):
-        assert ours.completion_ids == theirs.ids, f"row {number}: the ids differ"
+    for number, (ours, theirs) in enumerate(zip(rollouts, others, strict=True)):
+        assert ours.completion_ids == theirs.completion_ids, f"row {number}: the ids differ"
         assert [i.tobytes() for i in ours.images] == [i.tobytes() for i in theirs.images], (
             f"row {number}: images differ"
         )

@@ -75,7 +75,7 @@ def ddp(base_folder, data_folder, tmp_path_factory):
     (folder / "fresh.jsonl").write_text("\n".join(rows) + "\n")
     half = [line if n % 2 else line.replace(".jpg", ".gone.jpg") for n, line in enumerate(rows)]
     (folder / "half_faulty.jsonl").write_text("\n".join(half) + "\n")
-    names = ["data_check", "sft", "order", "grpo", "cut", "group", "stand_in", "outage", "unshared_disk"]
+    names = ["data_check", "sft", "order", "grpo", "cut", "group", "stand_in", "blind", "outage", "unshared_disk"]
     return folder, run_scenarios(base_folder, data_folder, folder, names)
 
 
@@ -169,6 +169,12 @@ def test_a_faulty_row_of_a_long_file_gives_way_to_the_same_one_on_all_processes(
     faulty = {line for line, _, _ in first["known"]}
     assert faulty and first["skipped"] >= len(first["known"]) and first["drawn"] >= 4
     assert len((ddp[0] / "stand_in/bad_rows.jsonl").read_text().splitlines()) == len(first["known"])
+
+
+def test_a_row_that_one_process_alone_finds_faulty_stops_all_with_a_checkpoint(ddp):
+    for result in ddp[1]["blind"]:
+        assert "can be read by some of the processes alone. Stopped before step 2; " in result["stopped"]
+        assert "blind/checkpoint-1 is saved" in result["stopped"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

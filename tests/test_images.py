@@ -118,12 +118,20 @@ def test_an_image_behind_a_url_is_read_within_bounds(serve, monkeypatch):
         while True:
             handler.wfile.write(bytes(10_000))
 
+    def trickling(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for byte in content:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(0.01)
+
     pages = {
         "/picture.png": lambda handler: handler.send(content),
         "/moved.png": lambda handler: handler.send(b"", 302, Location="/picture.png"),
         "/none.png": lambda handler: handler.send(b"", 404),
         "/page.html": lambda handler: handler.send(b"<p>sign in</p>"),
         "/endless.png": endless,
+        "/trickle.png": trickling,
         "/silent.png": lambda handler: time.sleep(3),
     }
     host = serve(lambda handler, _: pages[handler.path](handler)).url.removesuffix("/v1")
@@ -132,6 +140,8 @@ def test_an_image_behind_a_url_is_read_within_bounds(serve, monkeypatch):
     monkeypatch.setattr(conversation, "URL_BYTES", 1_000_000)
     monkeypatch.setattr(conversation, "URL_TIMEOUT", 0.3)
     faults = {"none.png": "404", "page.html": "cannot identify", "endless.png": "more than 1,000,000 bytes"}
+    monkeypatch.setattr(conversation, "URL_SECONDS", 1)
+    faults["trickle.png"] = "not complete after 1 s"
     for name, reason in {**faults, "silent.png": "timed out"}.items():
         with pytest.raises(ValueError, match=f"unreadable image {host}/{name}: .*{reason}"):
             load_image(f"{host}/{name}")

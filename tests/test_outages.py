@@ -30,6 +30,7 @@ from crop_tool import CALL_CLOSE
 from patience import OutageError, Patience
 from rewards import reward_parts
 from training import exit_with_message, train
+from vllm_server import VLLMServer
 from watching import CropGain
 
 WORDS = ("sloping", "the red square", "horizontal", "stripes", "a circle")
@@ -266,6 +267,15 @@ def test_an_image_that_goes_after_the_check_stops_rgrpo_with_a_checkpoint_and_it
         trained.append(grpo_trainer(settings, (length_part(),))[1])
         train(trained[-1], settings, "grpo")
     assert_same_run(*trained)
+
+
+def test_a_server_is_told_the_whole_path_of_the_weights(serve, renderer, monkeypatch, tmp_path):
+    """Its own working folder is another one than ours, from which output_dir counts."""
+    monkeypatch.chdir(tmp_path)
+    model = WordModel(serve, renderer)
+    VLLMServer(model.address, rows=1, folder="outputs/vllm_weights").load(iter([("weight", torch.ones(2))]))
+    [path] = [body["kwargs"]["weights_path"] for _, _, body in model.server.seen if "kwargs" in body]
+    assert Path(path).is_relative_to(tmp_path / "outputs/vllm_weights")
 
 
 def test_an_outage_in_the_first_step_says_that_nothing_is_lost(run, tmp_path):

@@ -10,7 +10,7 @@ from test_sft_data import LAZY, faulty  # noqa: F401 - a fixture
 from test_trainers import grpo_trainer, length_part, settings_for
 
 from config import DataConfig, SettingsError
-from data_check import Checker, as_example, check_file
+from data_check import Checker, check_file
 from row_index import MOST_IN_A_ROW, SoundRows, load_training_rows
 from watching import fixed_questions
 
@@ -22,20 +22,20 @@ def sound_rows(data, renderer, tmp_path):
     return SoundRows(table, Checker(data, renderer.contract, renderer))
 
 
-def test_the_next_sound_row_stands_in_for_a_faulty_one(faulty, renderer, tmp_path):  # noqa: F811
-    checked = list(check_file(faulty, renderer.contract, renderer))
-    sound = {(item["line"], item["entry"]): as_example(item) for item in checked if not item["fault"]}
-    rows = sound_rows(faulty, renderer, tmp_path)
+def test_a_sound_row_stands_in_for_a_faulty_one_the_same_in_every_process(faulty, renderer, tmp_path):  # noqa: F811
+    checked = {(item["line"], item["entry"]): item for item in check_file(faulty, renderer.contract, renderer)}
+    rows, others = (sound_rows(faulty, renderer, tmp_path) for _ in range(2))
     for drawn in rows.table:
         key = drawn["line"], drawn["entry"]
         found, faults = rows([drawn, drawn])
-        expected = min((other for other in sound if other >= key), default=min(sound))
-        assert [as_example(item) for item in found] == [sound[expected]] * 2 and found[0] is not found[1]
+        assert found == [found[0]] * 2 and found[0] is not found[1]
+        assert not checked[found[0]["line"], found[0]["entry"]]["fault"]
         passed = [(fault["line"], fault["entry"], fault["fault"]) for fault in faults]
-        between = [item for item in checked if key <= (item["line"], item["entry"]) and item["fault"]]
-        between = [item for item in between if expected < key or (item["line"], item["entry"]) < expected]
-        assert set(passed) >= {(item["line"], item["entry"], item["fault"]) for item in between}
-        assert bool(passed) == (expected != key)
+        assert all(checked[line, entry]["fault"] == fault for line, entry, fault in passed)
+        is_sound = not checked.get(key, {"fault": "the line itself"})["fault"]
+        assert is_sound == (not passed) == ((found[0]["line"], found[0]["entry"]) == key)
+        assert is_sound or passed[0][0] == drawn["line"]
+        assert others([drawn])[0] == found[:1]
 
 
 def test_rows_that_were_checked_before_are_taken_as_they_are(images, renderer, tmp_path):  # noqa: F811
@@ -45,13 +45,16 @@ def test_rows_that_were_checked_before_are_taken_as_they_are(images, renderer, t
     assert rows.is_checked and rows([drawn]) == ([drawn], [])
 
 
-def test_many_faulty_rows_behind_each_other_stop_the_run(images, renderer, tmp_path):  # noqa: F811
-    lines = [row()] * 300 + [row(image="none.jpg")] * MOST_IN_A_ROW + [row()]
+def test_a_long_block_of_faulty_rows_does_not_stop_the_run_a_faulty_file_does(images, renderer, tmp_path):  # noqa: F811
+    lines = [row()] * 300 + [row(image="none.jpg")] * 2 * MOST_IN_A_ROW
     path = write(tmp_path / "train.jsonl", lines)
     rows = sound_rows(DataConfig(train_data=path, image_base_path=str(images), **LAZY), renderer, tmp_path)
-    assert as_example(rows([rows.table[301]])[0][0]).line == 401
-    with pytest.raises(SettingsError, match=r"100 rows of .* in a row are faulty, the last: +line 400, .* --check"):
-        rows([rows.table[300]])
+    found, faults = rows([rows.table[place] for place in range(300, 400)])
+    assert all(item["line"] <= 300 for item in found) and len({item["line"] for item in found}) > 50
+    assert 100 <= len(faults) < 300, "of two in five, some more than those that were drawn"
+    rows.table = rows.table.select(range(300, 500))
+    with pytest.raises(SettingsError, match=r"100 rows drawn from .* were all faulty, the last: +line .* --check"):
+        rows([rows.table[0]])
 
 
 @pytest.fixture

@@ -199,6 +199,37 @@ def test_trainers_logprobs_equal_the_rollouts(base_folder, data_folder, tmp_path
         )
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-prompt", "row-by-row"])
+def test_rows_that_were_cut_off_leave_the_images_of_the_others_in_their_places(
+    base_folder, data_folder, tmp_path, shared
+):
+    """With `mask_truncated_completions` their tokens are masked, but their images are there."""
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0, mask_truncated_completions=True)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    trainer.shares_prompts = shared
+    generate, renderer = trainer.engine.generate, trainer.engine.renderer
+
+    def scripted(prompts, sampling, counts, **others):
+        calls = "".join(f"<tool_call>[{x}, 3, 40, {20 + 9 * x}]</tool_call>" for x in range(3))
+        texts = [calls + ("slop " * 99 if row % 2 == 0 else "<|im_end|>") for row in range(sum(counts))]
+        forced = [renderer.text_ids(text)[: sampling.max_new_tokens] for text in texts]
+        return generate(prompts, sampling, counts, forced=forced, **others)
+
+    trainer.engine.generate, trainer.sampling = scripted, replace(trainer.sampling, max_new_tokens=80)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    assert output["completion_mask"].any(1).tolist() == [False, True] * 4 and set(output["num_images"]) == {4}
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    images = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    with torch.no_grad():
+        logps, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, output["completion_ids"].shape[1], **{name: output[name] for name in images}
+        )
+    own = (output["tool_mask"] * output["completion_mask"]).bool()
+    assert own.any() and torch.allclose(logps[own], output["sampling_per_token_logps"][own], atol=1e-4)
+
+
 def test_a_judge_rewards_what_the_rules_cannot_see(base_folder, data_folder, tmp_path, serve):
     """Its verdict is the accuracy of every part; where it fails the rules decide, and the share is logged."""
     fails = []

@@ -159,6 +159,15 @@ def test_without_vllm_the_error_names_the_requirements(monkeypatch, renderer):
         LocalVLLM("somewhere", renderer, "float32", rows=1)
 
 
+def test_vllms_environment_has_all_that_the_project_imports():
+    root = Path(command.__file__).parent
+    ours, vllms = (
+        set(re.findall(r"^[\w-]+==", (root / name).read_text(), re.MULTILINE))
+        for name in ("requirements.txt", "requirements-vllm.txt")
+    )
+    assert ours - vllms == {"torch==", "torchvision==", "transformers=="}, "those that vLLM decides"
+
+
 def test_an_address_without_a_server_is_named(renderer):
     with pytest.raises(SettingsError, match=r"there is no vLLM server at http://127\.0\.0\.1:9"):
         VLLMServer("http://127.0.0.1:9", rows=1)

@@ -10,6 +10,7 @@ import os
 import sys
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+import scoring
 import train_grpo
 import train_sft
 from checkpoints import StoppedError
@@ -177,10 +179,32 @@ class Group:
         log = trainer.fault_logs["train"]
         return {"rows": seen, "known": sorted(log.known), "drawn": log.drawn, "skipped": log.skipped}
 
+    def blind(self) -> dict[str, Any]:
+        """The same without a fault, but for a moment one of the processes cannot read its images."""
+        flags = {"num_generations": 8, "max_steps": 4, "steps_per_generation": 1, "data_check": "lazy"}
+        settings = self.settings("grpo", "blind", save_strategy="steps", save_steps=100, **flags)
+        _, trainer = self.grpo_trainer(settings)
+        draw, seen = trainer.rows.checker.draw, []
+
+        def miss(*place: int) -> Any:
+            checked, image = draw(*place)
+            if RANK == 1 and trainer.state.global_step == 1 and not seen:
+                seen.append(place)
+                return replace(checked, fault="missing image"), None
+            return checked, image
+
+        trainer.rows.checker.draw = miss
+        try:
+            train(trainer, settings, "grpo")
+        except StoppedError as stopped:
+            return {"stopped": str(stopped)}
+        return {"stopped": ""}
+
     def served(self) -> dict[str, Any]:
         """Rollouts from a server that both processes ask, with all weights trained and with an adapter."""
         server = {"rollout_backend": "vllm", "vllm_server": (self.folder / "server").read_text()}
         server["vllm_importance_sampling_correction"] = "false"  # its log-probs are invented
+        scoring.IMAGES_PER_PASS = 1 + 3 * RANK  # as where one process has many more crops: other numbers of passes
         found = {}
         for name, flags in (("whole", {}), ("adapter", LORA)):
             settings = self.settings("grpo", f"served_{name}", steps_per_generation=1, **server, **flags)
