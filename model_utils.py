@@ -407,10 +407,12 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
     dtype: of the weights that are written [the base's own].
 
     Raises:
-        SettingsError: for what is no adapter, and where the merged weights do not answer as the adapter does.
+        SettingsError: for what is no adapter, where `output` holds something, and where the merged weights do not
+            answer as the adapter does.
     """
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
+    _require_empty(output)
     import torch
     from transformers import AutoConfig
 
@@ -444,6 +446,19 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
 
     write_folder(output, fill)
     return merge
+
+
+def _require_empty(output: str) -> None:
+    """A folder takes the place of the one before it as a whole, so that what this holds would be lost."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise SettingsError(f"output is {output}, which is a file: give a new folder")
+    held = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    if held:
+        raise SettingsError(
+            f"output is {output}, which holds {held[0]}{' and more' if len(held) > 1 else ''}: give a new folder, or "
+            "empty this one first"
+        )
 
 
 def _test_input(processor: Qwen2_5_VLProcessor, contract: CropContract) -> dict[str, torch.Tensor]:
@@ -480,7 +495,7 @@ def push_to_hub(folder: str, repository: str, public: bool = False) -> str:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise SettingsError(
             f"{folder} is written, but could not be uploaded to {repository}: {error}. Log in with `hf auth login` and "
-            "a token that may write, then repeat the command"
+            f"a token that may write, then: hf upload {repository} {folder}{'' if public else ' --private'}"
         ) from None
     return str(address)
 

@@ -341,8 +341,21 @@ def test_an_upload_that_the_hub_refuses_leaves_the_merged_model_and_says_what_to
     """The tests run with the hub switched off."""
     with pytest.raises(SystemExit):
         model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "merged"), "--push_to_hub", "me/crops"])
-    assert "is written, but could not be uploaded to me/crops" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "is written, but could not be uploaded to me/crops" in err
+    assert err.endswith(f"then: hf upload me/crops {tmp_path / 'merged'} --private\n")
     assert infer(tmp_path / "merged").model is not None
+
+
+def test_a_merge_takes_the_place_of_nothing_that_is_there(adapter, tmp_path, capsys):
+    """A folder is replaced as a whole: the adapter itself, or whatever else somebody keeps in it."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/thesis.txt").write_text("years")
+    for output in (adapter[0], str(tmp_path / "kept"), str(tmp_path / "kept/thesis.txt")):
+        with pytest.raises(SystemExit):
+            model_utils.main(["--merge", adapter[0], "--output", output])
+        assert f"output is {output}, which " in capsys.readouterr().err
+    assert is_adapter(adapter[0]) and (tmp_path / "kept/thesis.txt").read_text() == "years"
 
 
 # --------------------------------------------------------------------------------------------- 4 bits
