@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 import demo_model
 import demo_world
+import model_card
 import model_utils
 from command_line import resolve_training
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, SFTStageConfig
@@ -345,6 +346,19 @@ def test_an_upload_that_the_hub_refuses_leaves_the_merged_model_and_says_what_to
     assert "is written, but could not be uploaded to me/crops" in err
     assert err.endswith(f"then: hf upload me/crops {tmp_path / 'merged'} --private\n")
     assert infer(tmp_path / "merged").model is not None
+
+
+def test_a_card_names_no_address_and_no_judge_that_was_not_there():
+    grpo = {
+        "beta": 0.1,
+        "vllm_sync_dir": "/dev/shm/x",
+        "judge_url": None,
+        "judge_retries": 3,
+        "trl": {"deepspeed": "/x"},
+    }
+    assert model_card._chosen({"grpo": grpo}, "grpo") == {"beta": 0.1}
+    grpo |= {"judge_url": "http://host:8000/v1", "judge_model": "m", "judge_cache": "outputs/x", "trl": {}}
+    assert model_card._chosen({"grpo": grpo}, "grpo") == {"beta": 0.1, "judge_model": "m", "judge_retries": 3}
 
 
 def test_a_merge_takes_the_place_of_nothing_that_is_there(adapter, tmp_path, capsys):
