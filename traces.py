@@ -213,10 +213,10 @@ def overlay(box: Box, width: int, height: int, number: int = 0) -> dict[str, flo
     tag_width = tag_height * (0.45 + 0.6 * len(str(number)))
     above = box.y1 - tag_height
     return {
-        "x": box.x1,
-        "y": box.y1,
-        "width": box.width,
-        "height": box.height,
+        "x": min(box.x1, box.x2),  # an inverted box is drawn as well
+        "y": min(box.y1, box.y2),
+        "width": abs(box.width),
+        "height": abs(box.height),
         "number": number,
         "color": call_color(number),
         "tag_x": min(max(0.0, box.x1), width - tag_width),
