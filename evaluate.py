@@ -319,12 +319,13 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: pre; }
 td:first-child, th:first-child { text-align: left; }
-body .crop-trace { margin: 0; }
+body .crop-trace { margin: 0; } .wide { overflow-x: auto; } p, li { overflow-wrap: anywhere; }
 </style></head><body>
 <h1>Evaluation: {{ results.data }}</h1><p>{{ results.settings.model_path }} on {{ results.settings.data }}</p>
+<div class="wide">
 <table>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% if gains %}<table>{% for row in gains %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table>{% endif %}
+</table>{% endif %}</div>
 {% if results.left_out %}<details><summary>{{ results.left_out | length }} left out</summary><ul>
 {% for fault in results.left_out[:100] %}<li>{{ fault }}</li>{% endfor %}</ul></details>{% endif %}
 {% for name, items in fragments.items() if items %}<h2>The {{ name }}</h2>{% for item in items %}{{ item }}{% endfor %}
