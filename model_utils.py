@@ -315,6 +315,8 @@ def load_for_inference(config: InferenceConfig) -> LoadedModel:
 
     processor, contract = load_processor(config.model_path)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"device is {device}, but torch sees no GPU here: leave it out, or give cpu")
     dtype = inference_dtype(config, device)
     on_adapter = is_adapter(config.model_path)
     base = base_model_of(config.model_path) if on_adapter else config.model_path
