@@ -319,7 +319,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: pre; }
 td:first-child, th:first-child { text-align: left; }
-body .crop-trace { margin: 0; } .wide { overflow-x: auto; } p, li { overflow-wrap: anywhere; }
+body .crop-trace { margin: 0; background: none; } .wide { overflow-x: auto; } p, li { overflow-wrap: anywhere; }
 </style></head><body>
 <h1>Evaluation: {{ results.data }}</h1><p>{{ results.settings.model_path }} on {{ results.settings.data }}</p>
 <div class="wide">
