@@ -6,13 +6,14 @@ python model_utils.py --merge outputs/grpo/final_model --output outputs/merged
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,25 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
+    with _whole_weights(path):
+        try:
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+        except ImportError as error:
+            if attention != "auto" or chosen == "sdpa":
+                raise
+            log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+
+
+@contextlib.contextmanager
+def _whole_weights(path: str) -> Iterator[None]:
+    """A file of weights that is cut off, or is none, ends in a message."""
+    from safetensors import SafetensorError
+
     try:
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
-    except ImportError as error:
-        if attention != "auto" or chosen == "sdpa":
-            raise
-        log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+        yield
+    except SafetensorError as error:
+        raise SettingsError(f"the weights in {path} are damaged ({error}): copy or download them anew") from None
 
 
 def four_bit(dtype: torch.dtype) -> dict[str, Any]:
@@ -259,7 +272,8 @@ def _with_adapter(model: PreTrainedModel, folder: str, **settings: Any) -> PeftM
             f"{foreign}its weights have changed since. Put the old ones back, or delete {known} if they were converted"
         )
     try:
-        adapted = PeftModel.from_pretrained(model, folder, **settings)
+        with _whole_weights(folder):
+            adapted = PeftModel.from_pretrained(model, folder, **settings)
     except RuntimeError as error:  # torch lists every tensor; the first line that names one says enough
         raise SettingsError(foreign + str(error).splitlines()[-1].strip()) from None
     with safe_open(companion(folder, "adapter_model.safetensors"), "pt") as file:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from copy import deepcopy
@@ -558,3 +559,20 @@ def test_a_model_that_cannot_be_loaded_is_named_without_a_traceback(path, tmp_pa
         path = str(tmp_path)
     with pytest.raises(SettingsError, match=f"the model {re.escape(path)} cannot be loaded: .*Check the name"):
         load_processor(path)
+
+
+@pytest.mark.parametrize("kept", [4, 5000], ids=["header", "tensors"])
+def test_damaged_weights_are_named_without_a_traceback(adapter, base_folder, tmp_path, kept):
+    shutil.copytree(base_folder, tmp_path / "full")
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    for path in (tmp_path / "full/model.safetensors", tmp_path / "adapter/adapter_model.safetensors"):
+        os.truncate(path, kept)
+        with pytest.raises(SettingsError, match=rf"the weights in {path.parent} are damaged \(.*\): copy or download"):
+            infer(path.parent)
+
+
+def test_a_damaged_contract_is_named(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "model")
+    (tmp_path / "model/crop_contract.json").write_text("{")
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/model/crop_contract.json is damaged \(.*\): copy"):
+        infer(tmp_path / "model")
