@@ -364,10 +364,11 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(config, progress=True)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    except (OutageError, OSError) as error:  # the latter: a full disk, a folder that may not be written
+    except (OutageError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that is not ours
         kept = Path(config.output, ANSWERS)
         rest = f". The answers so far are in {kept}: the same command goes on from there" if kept.is_file() else ""
-        parser.exit(1, f"evaluate.py: {error}{rest}\n")
+        stopped = isinstance(error, KeyboardInterrupt)
+        parser.exit(130 if stopped else 1, f"evaluate.py: {'stopped by Ctrl-C' if stopped else error}{rest}\n")
     print(f"\n{describe(results)}\n\nwrote {RESULTS}, {REPORT} and {ANSWERS} to {config.output}")
 
 
