@@ -160,6 +160,10 @@ def _jsonl_row(line: int, raw: bytes, base: str | Path, answer_key: str) -> Iter
         return
     for number, entry in enumerate(entries):
         try:
+            for key in ("Q", answer_key):
+                if entry[key] is None or not str(entry[key]).strip():
+                    raise ValueError(f"{key!r} is empty")
+            str(entry["Q"]).encode()  # raises for half a surrogate pair, which has no tokens
             example = Example(line, number, str(image_path), str(entry["Q"]), str(entry[answer_key]))
             if "<answer>" not in example.response and "<think>" in example.response:
                 raise ValueError("there is no <answer> in it")

@@ -85,13 +85,24 @@ def fault_of(checkpoint: str | Path) -> str | None:
 
 
 def newest_whole(output_dir: str | Path, say: Callable[[str], Any]) -> Path | None:
-    """The newest checkpoint that is whole; `say` gets a line for each broken one that was skipped."""
+    """The newest checkpoint that is whole; broken ones before it are set aside, and `say` gets a line for each."""
+    broken: list[Path] = []
     for checkpoint in checkpoints_in(output_dir):
         fault = fault_of(checkpoint)
         if fault is None:
+            for faulty in broken:  # else it would pass for the newest one when the run is stopped again
+                set_aside(faulty)
             return checkpoint
+        broken.append(checkpoint)
         say(f"skipped {checkpoint}, which is broken: {fault}")
     return None
+
+
+def set_aside(path: Path) -> None:
+    """Give what is no longer of the run the suffix `.unused`; a checkpoint is then removed as the oldest ones are."""
+    unused = path.with_name(f"{path.name}.unused")
+    shutil.rmtree(unused, ignore_errors=True)
+    os.replace(path, unused)
 
 
 def remove_leftovers(output_dir: str | Path) -> None:

@@ -68,6 +68,11 @@ class DataConfig:
     max_pixels: int | None = setting(None, "largest area of a shown image, pixels [1003520]")
     system_prompt: str | None = setting(None, "system prompt [one that explains the crop call and its frame]")
 
+    def __post_init__(self) -> None:
+        for name, bound in {"max_length": 1, "min_box_side": 0, "num_proc": 1}.items():
+            value = getattr(self, name)
+            require(value is None or value >= bound, f"{name} is {value}, but it must be at least {bound}")
+
     def contract_settings(self) -> dict[str, Any]:
         """The settings given that belong to the crop contract."""
         names = ("coordinate_space", "image_shorter_side", "crop_shorter_side", "max_pixels", "system_prompt")

@@ -288,6 +288,11 @@ def hours(
     return found
 
 
+def probed_hours(choice: Recommendation, tokens_per_second: float) -> dict[str, float]:
+    """Hours of R-GRPO from probed steps of it, which held their rollouts."""
+    return {"R-GRPO": choice.dataset_size * GROUP_SIZE * choice.run.rollout_row / tokens_per_second / 3600}
+
+
 # ----------------------------------------------------------------------------------------------- output
 
 
@@ -352,7 +357,8 @@ def memory_table(choice: Recommendation) -> list[str]:
         f"Memory of one GPU at its peak, GB (rows of {run.sft_row} tokens in SFT, up to {run.rollout_row} in R-GRPO):",
     ]
     for memory in phases(choice.model, run):
-        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.parts.items() if value > 0.05 * GIB)
+        held = memory.parts | {"reserve": memory.reserve}
+        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in held.items() if value > 0.05 * GIB)
         lines.append(f"  {memory.phase:<15}  {memory.needed / GIB:>5.1f} of {choice.gpu_memory:g}: {parts}")
     return lines
 
@@ -515,13 +521,17 @@ def run(args: argparse.Namespace) -> None:
         lengths,
         args.batch_size,
     )
+    time: dict[str, float] = {}
     if args.probe:
         choice, args.tokens_per_second = _probe(choice, paths, args)
+    if args.probe == "grpo":
+        time = probed_hours(choice, args.tokens_per_second)
+    elif args.tokens_per_second:
+        time = hours(choice, args.tokens_per_second, args.rollout_tokens_per_second)
     if not args.show_command:
         print(table(choice))
-        if args.tokens_per_second:
-            for stage, value in hours(choice, args.tokens_per_second, args.rollout_tokens_per_second).items():
-                print(f"{stage}: {value:.1f} hours at the measured throughput")
+        for stage, value in time.items():
+            print(f"{stage}: {value:.1f} hours at the measured throughput")
         print("\n--show_command prints the command, --save_configs DIR writes settings files.")
     if args.save_configs:
         save_configs(choice, args.save_configs, paths)

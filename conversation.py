@@ -74,7 +74,8 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
         raise
     except Exception as error:  # whatever broken bytes lead a decoder into
         is_data = text.startswith("data:")  # which may have megabytes
-        reason = type(error).__name__ if is_data else str(error).partition("\n")[0] or type(error).__name__
+        named = getattr(error, "strerror", None) or str(error).partition("\n")[0]  # the former without the path
+        reason = type(error).__name__ if is_data else named or type(error).__name__
         shown = f"{text:.80}" if is_data or len(text) > 1000 else text
         raise ValueError(f"unreadable image {shown}: {reason}") from None
 
@@ -114,6 +115,8 @@ def resolve_image_path(path: str, base: str | Path | None) -> Path:
     """
     if base is None:
         return Path(path)
+    if "\0" in path:
+        raise ValueError(f"image path {path!r} holds a null character")
     root = Path(base).resolve()
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root):

@@ -155,7 +155,10 @@ class CropContract:
         path = Path(folder, CONTRACT_FILE)
         if not path.is_file():
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): copy or download it anew") from None
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"{path} has unknown keys {sorted(unknown)}: it was written by another version")

@@ -100,7 +100,9 @@ class Checker:
         row = parse_line(raw)
         for key, kind in (("image_path", str), ("QnA", list)):
             if not isinstance(row.get(key), kind) or not row[key]:
-                raise ValueError(f"missing key {key!r}: it must be a non-empty {kind.__name__}")
+                raise ValueError(
+                    f"missing key {key!r}: it must be {'non-empty text' if kind is str else 'a non-empty list'}"
+                )
         refuse_surrogates(row["image_path"], "image_path")
         return row["image_path"], row["QnA"]
 

@@ -128,7 +128,7 @@ TEMPLATE = """{%- from "picture.html" import rect, numbered -%}
 .crop-trace.sheet { max-width:100rem; }
 .sheet .bar { position:sticky; top:0; z-index:1; background:var(--paper); padding:.6rem 0; display:flex; gap:.8rem;
   flex-wrap:wrap; align-items:center; }
-.sheet .cards { display:grid; grid-template-columns:repeat(auto-fill, minmax(22rem, 1fr)); gap:1rem;
+.sheet .cards { display:grid; grid-template-columns:repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap:1rem;
   align-items:start; }
 .sheet .card { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:.8rem;
   content-visibility:auto; contain-intrinsic-size:auto 30rem; }

@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             return show_example(data, own["model_name"], own["show"], own["html"])
         bad_rows = own["bad_rows_file"] or f"{path}.bad_rows.jsonl"
         return run_check(data, own["model_name"], bad_rows, own["convert_boxes"], own["from_frame"], own["html"])
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:  # the latter: a full disk, a page that cannot be written there
         parser.exit(2, f"data_utils.py: {error}\n")
 
 

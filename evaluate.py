@@ -319,12 +319,13 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: pre; }
 td:first-child, th:first-child { text-align: left; }
-body .crop-trace { margin: 0; }
+body .crop-trace { margin: 0; background: none; } .wide { overflow-x: auto; } p, li { overflow-wrap: anywhere; }
 </style></head><body>
 <h1>Evaluation: {{ results.data }}</h1><p>{{ results.settings.model_path }} on {{ results.settings.data }}</p>
+<div class="wide">
 <table>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% if gains %}<table>{% for row in gains %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table>{% endif %}
+</table>{% endif %}</div>
 {% if results.left_out %}<details><summary>{{ results.left_out | length }} left out</summary><ul>
 {% for fault in results.left_out[:100] %}<li>{{ fault }}</li>{% endfor %}</ul></details>{% endif %}
 {% for name, items in fragments.items() if items %}<h2>The {{ name }}</h2>{% for item in items %}{{ item }}{% endfor %}
@@ -363,10 +364,11 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(config, progress=True)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    except (OutageError, OSError) as error:  # the latter: a full disk, a folder that may not be written
+    except (OutageError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that is not ours
         kept = Path(config.output, ANSWERS)
         rest = f". The answers so far are in {kept}: the same command goes on from there" if kept.is_file() else ""
-        parser.exit(1, f"evaluate.py: {error}{rest}\n")
+        stopped = isinstance(error, KeyboardInterrupt)
+        parser.exit(130 if stopped else 1, f"evaluate.py: {'stopped by Ctrl-C' if stopped else error}{rest}\n")
     print(f"\n{describe(results)}\n\nwrote {RESULTS}, {REPORT} and {ANSWERS} to {config.output}")
 
 

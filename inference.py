@@ -20,7 +20,7 @@ from crop_tool import CALL_CLOSE, ToolCall
 from patience import OutageError
 from response_format import parse_response
 from streaming import CallResult, ResponseReader, TextPiece
-from traces import Trace, save_trace, trace_fragment
+from traces import Trace, save_trace, trace_fragment, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -281,21 +281,20 @@ def main(argv: list[str] | None = None) -> None:
             refuse_reserved(question, "the question")
         inference = QwenVLInference(config)
         results = _converse(inference, image, questions, streams)
+        if not streams:
+            print("\n\n".join(describe(result) for result in results))
+        if output_json:
+            answers = [{"image_path": image_path, **result.to_dict()} for result in results]
+            text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2, ensure_ascii=False)
+            write_whole(output_json, f"{text}\n".encode("utf-8", "backslashreplace"))  # half a surrogate pair
+            print(f"wrote {output_json}")
+        if trace:
+            results[-1].save_trace(trace)
+            print(f"wrote {trace}")
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"inference.py: {error}\n")
-    except OutageError as error:
+    except (OutageError, OSError) as error:  # the latter: a full disk, a file that cannot be written there
         parser.exit(1, f"inference.py: {error}\n")
-    if not streams:
-        print("\n\n".join(describe(result) for result in results))
-    if output_json:
-        answers = [{"image_path": image_path, **result.to_dict()} for result in results]
-        Path(output_json).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=2, ensure_ascii=False)
-        Path(output_json).write_text(text + "\n", encoding="utf-8")
-        print(f"wrote {output_json}")
-    if trace:
-        results[-1].save_trace(trace)
-        print(f"wrote {trace}")
 
 
 if __name__ == "__main__":

@@ -220,9 +220,14 @@ class Memory:
         return sum(self.parts.values())
 
     @property
+    def reserve(self) -> int:
+        """On top of what is allocated: fragmentation, and what torch itself takes."""
+        return round(self.allocated * FRAGMENTATION) + RESERVE_BYTES
+
+    @property
     def needed(self) -> int:
-        """What the GPU must have: allocated, fragmentation, and what torch itself takes."""
-        return round(self.allocated * (1 + FRAGMENTATION)) + RESERVE_BYTES
+        """What the GPU must have."""
+        return self.allocated + self.reserve
 
 
 def sft_memory(model: Architecture, run: Run) -> Memory:

@@ -138,8 +138,12 @@ def _figures(history: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _chosen(settings: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The stage's settings that have a value; folders are left out."""
+    """The stage's settings that have a value, the judge's where there is one; folders and addresses are left out."""
     values = {**(settings.get("model") or {}), **(settings.get(stage) or {})}
     values |= values.pop("trl", {})
-    hidden = {"output_dir", "sft_checkpoint", "resume", "model_name"}
+    # Paths and addresses are of the machine that trained.
+    hidden = {"output_dir", "sft_checkpoint", "resume", "model_name", "judge_cache", "judge_url", "vllm_server"}
+    hidden |= {"vllm_sync_dir", "deepspeed", "logging_dir"}
+    if not values.get("judge_url"):
+        hidden |= {key for key in values if key.startswith("judge_")}
     return {key: value for key, value in values.items() if value is not None and key not in hidden}

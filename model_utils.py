@@ -6,13 +6,14 @@ python model_utils.py --merge outputs/grpo/final_model --output outputs/merged
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,13 +160,25 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
+    with _whole_weights(path):
+        try:
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+        except ImportError as error:
+            if attention != "auto" or chosen == "sdpa":
+                raise
+            log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
+            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+
+
+@contextlib.contextmanager
+def _whole_weights(path: str) -> Iterator[None]:
+    """A file of weights that is cut off, or is none, ends in a message."""
+    from safetensors import SafetensorError
+
     try:
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
-    except ImportError as error:
-        if attention != "auto" or chosen == "sdpa":
-            raise
-        log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+        yield
+    except SafetensorError as error:
+        raise SettingsError(f"the weights in {path} are damaged ({error}): copy or download them anew") from None
 
 
 def four_bit(dtype: torch.dtype) -> dict[str, Any]:
@@ -263,7 +276,8 @@ def _with_adapter(model: PreTrainedModel, folder: str, **settings: Any) -> PeftM
             f"{foreign}its weights have changed since. Put the old ones back, or delete {known} if they were converted"
         )
     try:
-        adapted = PeftModel.from_pretrained(model, folder, **settings)
+        with _whole_weights(folder):
+            adapted = PeftModel.from_pretrained(model, folder, **settings)
     except RuntimeError as error:  # torch lists every tensor; the first line that names one says enough
         raise SettingsError(foreign + str(error).splitlines()[-1].strip()) from None
     with safe_open(companion(folder, "adapter_model.safetensors"), "pt") as file:
@@ -319,6 +333,8 @@ def load_for_inference(config: InferenceConfig) -> LoadedModel:
 
     processor, contract = load_processor(config.model_path)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"device is {device}, but torch sees no GPU here: leave it out, or give cpu")
     dtype = inference_dtype(config, device)
     on_adapter = is_adapter(config.model_path)
     base = base_model_of(config.model_path) if on_adapter else config.model_path
@@ -411,10 +427,12 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
     dtype: of the weights that are written [the base's own].
 
     Raises:
-        SettingsError: for what is no adapter, and where the merged weights do not answer as the adapter does.
+        SettingsError: for what is no adapter, where `output` holds something, and where the merged weights do not
+            answer as the adapter does.
     """
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
+    _require_empty(output)
     import torch
     from transformers import AutoConfig
 
@@ -448,6 +466,19 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
 
     write_folder(output, fill)
     return merge
+
+
+def _require_empty(output: str) -> None:
+    """A folder takes the place of the one before it as a whole, so that what this holds would be lost."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise SettingsError(f"output is {output}, which is a file: give a new folder")
+    held = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    if held:
+        raise SettingsError(
+            f"output is {output}, which holds {held[0]}{' and more' if len(held) > 1 else ''}: give a new folder, or "
+            "empty this one first"
+        )
 
 
 def _test_input(processor: Qwen2_5_VLProcessor, contract: CropContract) -> dict[str, torch.Tensor]:
@@ -484,7 +515,7 @@ def push_to_hub(folder: str, repository: str, public: bool = False) -> str:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise SettingsError(
             f"{folder} is written, but could not be uploaded to {repository}: {error}. Log in with `hf auth login` and "
-            "a token that may write, then repeat the command"
+            f"a token that may write, then: hf upload {repository} {folder}{'' if public else ' --private'}"
         ) from None
     return str(address)
 

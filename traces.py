@@ -211,16 +211,17 @@ def overlay(box: Box, width: int, height: int, number: int = 0) -> dict[str, flo
     """A box and the tag with its number, in the pixels of the image that they are drawn over."""
     tag_height = max(width, height) / 22
     tag_width = tag_height * (0.45 + 0.6 * len(str(number)))
-    above = box.y1 - tag_height
+    left, top = min(box.x1, box.x2), min(box.y1, box.y2)  # an inverted box is drawn as well
+    above = top - tag_height
     return {
-        "x": box.x1,
-        "y": box.y1,
-        "width": box.width,
-        "height": box.height,
+        "x": left,
+        "y": top,
+        "width": abs(box.width),
+        "height": abs(box.height),
         "number": number,
         "color": call_color(number),
-        "tag_x": min(max(0.0, box.x1), width - tag_width),
-        "tag_y": above if above >= 0 else box.y1,
+        "tag_x": min(max(0.0, left), width - tag_width),
+        "tag_y": above if above >= 0 else top,
         "tag_width": tag_width,
         "tag_height": tag_height,
     }

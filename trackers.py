@@ -21,8 +21,16 @@ Row = tuple[str, "Image", dict[str, str | float]]  # name, picture, and a value 
 
 
 def check_trackers(report_to: str | Sequence[str] | None) -> None:
-    """Raises SettingsError where `report_to` names a tracker that is not installed."""
+    """Raises SettingsError where `report_to` names a tracker that is unknown or not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     named = [report_to] if isinstance(report_to, str) else report_to or []
+    unknown = [name for name in named if name not in {*INTEGRATION_TO_CALLBACK, "all", "none"}]
+    if unknown:
+        raise SettingsError(
+            f"report_to is {', '.join(named)}, but {', '.join(unknown)} is no tracker: give {', '.join(TRACKERS)}, or "
+            "another one that transformers knows"
+        )
     missing = [name for name in named if name in TRACKERS and importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsError(

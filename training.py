@@ -22,7 +22,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
 
 from architecture import Architecture
-from checkpoints import StoppedError, checkpoints_in, full_disk_reported, newest_whole, remove_leftovers
+from checkpoints import (
+    StoppedError,
+    checkpoints_in,
+    full_disk_reported,
+    newest_whole,
+    remove_leftovers,
+    set_aside,
+)
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
 from memory_model import out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model
@@ -168,7 +175,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
-    """Train, from the newest checkpoint in the output folder where there is one and `resume` is on."""
+    """Train, from the newest checkpoint in the output folder where there is one and `resume` is on; else anew."""
     config = getattr(settings, stage)
     model, output = trainer.model, Path(config.output_dir)
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
@@ -180,13 +187,29 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     trainer.add_callback(Throughput())
     if is_main_process():
         remove_leftovers(output)
+        if not config.resume:
+            _set_earlier_run_aside(output)
     checkpoint = find_checkpoint(output, say) if config.resume else None
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening():
-        _train_from(checkpoint, trainer, settings, stage, say)
-        if stop.received:  # after the last step
-            stop.stop(config.output_dir)
+    try:
+        with stop.listening():
+            _train_from(checkpoint, trainer, settings, stage, say)
+            if stop.received:  # after the last step
+                stop.stop(config.output_dir)
+    except StoppedError as stopped:
+        if config.resume:
+            raise
+        raise StoppedError(f"{stopped} (to go on, leave --resume false out)", stopped.exit_code) from None
+
+
+def _set_earlier_run_aside(output: Path) -> None:
+    """Else a run that was begun anew and stopped would go on from a checkpoint of the one before it, or pass for it."""
+    earlier = [*checkpoints_in(output), *output.glob(LOG_FILE)]
+    for path in earlier:
+        set_aside(path)
+    if earlier:
+        print(f"--resume false: {', '.join(path.name for path in earlier)} in {output} are now *.unused", flush=True)
 
 
 def _train_from(

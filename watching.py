@@ -96,7 +96,7 @@ ALARMS = (
     ),
     Alarm(
         "watch/crop_gain", 0.03, 0.06, "accuracy is all that real crops gain over grey ones",
-        "the crops are not read, or the questions need none: look at the kept rollouts, and at the prompts",
+        "a look at the kept rollouts: either the crops are not read, or the questions need none",
     ),
 )  # fmt: skip
 

@@ -61,14 +61,16 @@ def test_faulty_jsonl_rows_are_named_and_left_out(tmp_path):
         json.dumps({**good, "QnA": [{"Q": "What?"}]}).encode(),
         json.dumps({**good, "QnA": [{"Q": "What?", "A3": "<think>no end {Crop x [1, 2, 3]}</think>"}]}).encode(),
         json.dumps({**good, "QnA": ["What?", None]}).encode(),
+        json.dumps({**good, "QnA": [{"Q": "half a pair \ud800", "A3": "x"}, {"Q": None, "A3": "x"}]}).encode(),
         json.dumps(good).encode(),
     ]
     (tmp_path / "set.jsonl").write_bytes(b"\n".join(lines))
     found = read_questions(tmp_path / "set.jsonl")
-    assert [question.name for question in found.questions] == ["line 8, QnA[0]"]
+    assert [question.name for question in found.questions] == ["line 9, QnA[0]"]
     assert [fault.partition(":")[0] for fault in found.faults] == [
         *("line 1", "line 2", "line 3", "line 4"),
         *("line 5, QnA[0]", "line 6, QnA[0]", "line 7, QnA[0]", "line 7, QnA[1]"),
+        *("line 8, QnA[0]", "line 8, QnA[1]"),
     ]
 
 

@@ -282,6 +282,8 @@ def test_a_field_of_trl_whose_work_our_own_code_does_is_refused(name, capsys):
         (["--learning_rate", "0"], "sft: learning_rate is 0.0, but it must be over 0"),
         (["--learning_rate", "nan"], "sft: learning_rate is nan, but it must be over 0"),
         (["--num_epochs", "0"], "sft: num_train_epochs is 0.0, but it must be over 0"),
+        (["--max_length", "0"], "max_length is 0, but it must be at least 1"),
+        (["--num_proc", "0"], "num_proc is 0, but it must be at least 1"),
         (["--train_data", "none.jsonl"], "train_data is none.jsonl, but there is no such file"),
         (["--val_data", "none.jsonl"], "val_data is none.jsonl, but there is no such file"),
         (["--image_base_path", "none"], "image_base_path is none, but there is no such folder"),

@@ -15,6 +15,7 @@ import pytest
 import command_line
 import config
 import configure_training
+import probe
 from configure_training import recommend
 from memory_model import GIB, phases
 
@@ -269,3 +270,21 @@ def test_hours_follow_from_the_measured_throughput():
         (36_000 * 8 * 1024 / 500 + 1.25 * 36_000 * 8 * run.rollout_row / 10_000) / 3600
     )
     assert set(configure_training.hours(choice, 10_000, None)) == {"SFT"}
+
+
+def test_a_probe_of_rollouts_tells_their_hours_and_not_those_of_the_other_stage(tmp_path, monkeypatch, capsys):
+    """A probed step of R-GRPO holds its rollouts."""
+    trial = probe.Trial(4, fits=True, tokens_per_second=10_000.0)
+    monkeypatch.setattr(probe, "largest_batch", lambda *_: trial)
+    configure_training.main(["--dataset_size", "36000", "--gpu_memory", "80", "--probe", "grpo"])
+    hours = 36_000 * 8 * recommend(36_000, 80).run.rollout_row / 10_000 / 3600
+    out = capsys.readouterr().out
+    assert f"R-GRPO: {hours:.1f} hours" in out and "SFT: " not in out
+
+
+def test_the_memory_of_each_phase_adds_up():
+    lines = configure_training.memory_table(recommend(40_000, 32))[1:]
+    for line in lines:
+        needed, parts = line.split(" of 32: ")
+        numbers = [float(part.split()[-1]) for part in parts.split(", ")]
+        assert sum(numbers) == pytest.approx(float(needed.split()[-1]), abs=0.3), line

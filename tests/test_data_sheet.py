@@ -125,6 +125,7 @@ def sheet(tmp_path):
 
     lines = [line("sound?"), line(EVIL), line("gone?", image=f"{EVIL}.jpg"), line("evil answer?", answer + EVIL)]
     lines.append(line("small?", answer.replace("110, 120", "12, 22")))
+    lines.append(line("inverted?", answer.replace("10, 20, 110, 120", "110, 120, 10, 20")))
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     page = tmp_path / "sheet.html"
     flags = ["--check", str(tmp_path / "train.jsonl"), "--image_base_path", str(tmp_path), "--html", str(page)]
@@ -135,12 +136,13 @@ def sheet(tmp_path):
 def test_sheet_shows_boxes_and_puts_faulty_rows_first(sheet):
     page = Tags(sheet)
     cards = re.findall(r'<article class="card( bad)?" data-kind="([^"]*)" data-calls="(\d)"', sheet)
-    assert [bad for bad, _, _ in cards] == [" bad"] * 3 + [""] * 2
-    assert cards[2:] == [(" bad", "tiny box", "2"), ("", "", "2"), ("", "", "2")]
+    assert [bad for bad, _, _ in cards] == [" bad"] * 4 + [""] * 2
+    assert cards[2:] == [(" bad", "tiny box", "2"), (" bad", "inverted box", "2"), ("", "", "2"), ("", "", "2")]
+    assert 'width="-' not in sheet, "the inverted box is drawn too: a browser draws none of a negative size"
     assert "tiny box [10, 20, 12, 22]: 2 x 2 px" in page.text
     assert page.text.count("line 1, QnA[0]") == 1
     assert 'viewBox="0 0 320 200"' in sheet and 'x="200.0" y="50.0" width="100.0" height="100.0"' in sheet
-    assert "5 of 5 entries are on this page, 3 of the file are faulty" in page.text
+    assert "6 of 6 entries are on this page, 4 of the file are faulty" in page.text
     assert "sample" not in page.text
     gone = sheet[sheet.index('data-kind="missing image') :].partition("</article>")[0]
     assert "<h3>" not in gone  # a heading with nothing under it

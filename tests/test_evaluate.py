@@ -352,3 +352,17 @@ def test_the_command_refuses_without_a_traceback(tmp_path, capsys):
         main(["--data", str(tmp_path / "none.jsonl")])
     assert stop.value.code == 2
     assert "evaluate.py: data is" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command_in_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(config, progress):
+        (tmp_path / "answers.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "evaluate", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path)])
+    assert stop.value.code == 130
+    assert re.fullmatch(
+        r"evaluate.py: stopped by Ctrl-C\. .*the same command goes on from there\n", capsys.readouterr().err
+    )

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 import demo_world
@@ -136,6 +137,11 @@ def test_command_writes_json_and_trace_and_takes_follow_ups(base_folder, picture
         ),
         (["--image_path", "{picture}", "--question", "a <|image_pad|>"], "reserved token"),
         (["--image_path", "{picture}", "--question", "a", "--top_k", "x"], "top_k is 'x', but it must be a number"),
+        pytest.param(
+            ["--image_path", "{picture}", "--question", "a", "--device", "cuda:1"],
+            "device is cuda:1, but torch sees no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_without_a_traceback(base_folder, picture, tmp_path, capsys, flags, message):
@@ -149,6 +155,15 @@ def test_bad_input_ends_in_one_line_without_a_traceback(base_folder, picture, tm
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_ends_the_command_in_one_line(base_folder, picture, tmp_path, capsys):
+    picture.save(tmp_path / "picture.png")
+    flags = ["--model_path", str(base_folder), "--image_path", str(tmp_path / "picture.png"), "--question", "a"]
+    with pytest.raises(SystemExit) as stop:
+        command.main([*flags, "--max_new_tokens", "2", "--save_trace", str(tmp_path / "picture.png/trace.html")])
+    assert stop.value.code == 1
+    assert "picture.png" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_question_that_does_not_fit_max_batch_tokens_is_refused(base_folder, picture):

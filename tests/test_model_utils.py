@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from copy import deepcopy
@@ -17,6 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 import demo_model
 import demo_world
+import model_card
 import model_utils
 from command_line import resolve_training
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, SFTStageConfig
@@ -341,8 +343,34 @@ def test_an_upload_that_the_hub_refuses_leaves_the_merged_model_and_says_what_to
     """The tests run with the hub switched off."""
     with pytest.raises(SystemExit):
         model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "merged"), "--push_to_hub", "me/crops"])
-    assert "is written, but could not be uploaded to me/crops" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "is written, but could not be uploaded to me/crops" in err
+    assert err.endswith(f"then: hf upload me/crops {tmp_path / 'merged'} --private\n")
     assert infer(tmp_path / "merged").model is not None
+
+
+def test_a_card_names_no_address_and_no_judge_that_was_not_there():
+    grpo = {
+        "beta": 0.1,
+        "vllm_sync_dir": "/dev/shm/x",
+        "judge_url": None,
+        "judge_retries": 3,
+        "trl": {"deepspeed": "/x"},
+    }
+    assert model_card._chosen({"grpo": grpo}, "grpo") == {"beta": 0.1}
+    grpo |= {"judge_url": "http://host:8000/v1", "judge_model": "m", "judge_cache": "outputs/x", "trl": {}}
+    assert model_card._chosen({"grpo": grpo}, "grpo") == {"beta": 0.1, "judge_model": "m", "judge_retries": 3}
+
+
+def test_a_merge_takes_the_place_of_nothing_that_is_there(adapter, tmp_path, capsys):
+    """A folder is replaced as a whole: the adapter itself, or whatever else somebody keeps in it."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/thesis.txt").write_text("years")
+    for output in (adapter[0], str(tmp_path / "kept"), str(tmp_path / "kept/thesis.txt")):
+        with pytest.raises(SystemExit):
+            model_utils.main(["--merge", adapter[0], "--output", output])
+        assert f"output is {output}, which " in capsys.readouterr().err
+    assert is_adapter(adapter[0]) and (tmp_path / "kept/thesis.txt").read_text() == "years"
 
 
 # --------------------------------------------------------------------------------------------- 4 bits
@@ -531,3 +559,20 @@ def test_a_model_that_cannot_be_loaded_is_named_without_a_traceback(path, tmp_pa
         path = str(tmp_path)
     with pytest.raises(SettingsError, match=f"the model {re.escape(path)} cannot be loaded: .*Check the name"):
         load_processor(path)
+
+
+@pytest.mark.parametrize("kept", [4, 5000], ids=["header", "tensors"])
+def test_damaged_weights_are_named_without_a_traceback(adapter, base_folder, tmp_path, kept):
+    shutil.copytree(base_folder, tmp_path / "full")
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    for path in (tmp_path / "full/model.safetensors", tmp_path / "adapter/adapter_model.safetensors"):
+        os.truncate(path, kept)
+        with pytest.raises(SettingsError, match=rf"the weights in {path.parent} are damaged \(.*\): copy or download"):
+            infer(path.parent)
+
+
+def test_a_damaged_contract_is_named(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "model")
+    (tmp_path / "model/crop_contract.json").write_text("{")
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/model/crop_contract.json is damaged \(.*\): copy"):
+        infer(tmp_path / "model")

@@ -224,6 +224,7 @@ def test_a_broken_checkpoint_is_skipped_with_its_fault_for_the_one_before(tmp_pa
     said = []
     assert newest_whole(tmp_path, said.append) == whole
     assert len(said) == 1 and said[0].startswith(f"skipped {broken}") and fault in said[0]
+    assert checkpoints_in(tmp_path) == [whole], "a stop would name the broken one as saved"
 
 
 def test_a_checkpoint_whose_replacement_was_killed_between_two_names_comes_back(tmp_path):
@@ -241,6 +242,23 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_in_silence(tmp
     flip(checkpoint_of(tmp_path, 1) / "model.safetensors")
     with pytest.raises(SettingsError, match=r"no checkpoint in .* is whole: --resume false starts anew"):
         find_checkpoint(tmp_path, print)
+
+
+def test_a_run_begun_anew_is_not_mixed_up_with_the_one_before_it(base_folder, data_folder, tmp_path, capsys):
+    """Stopped before it reaches the earlier run's steps, it goes on from its own checkpoint, up to a final model."""
+    flags = {"max_steps": 3, "save_steps": 1}
+    settings = settings_for("sft", base_folder, data_folder, tmp_path, **flags)
+    loaded, trainer = sft_trainer(settings)
+    train(trainer, settings, "sft")
+    finish(trainer, loaded, settings, "sft", str(tmp_path))
+    settings, trainer = build("sft", base_folder, data_folder, tmp_path, flags | {"resume": False})
+    trainer.add_callback(KillAt(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(StoppedError, match=r"checkpoint-2 is saved.*leave --resume false out"):
+        train(trainer, settings, "sft")
+    assert "checkpoint-3, " in capsys.readouterr().out
+    settings, trainer = build("sft", base_folder, data_folder, tmp_path, flags)
+    assert begin("stage", settings, "sft") is None, "the final model is the earlier run's"
+    assert find_checkpoint(tmp_path, print) == str(tmp_path / "checkpoint-2")
 
 
 def test_faults_in_saving_leave_the_earlier_checkpoint_and_the_run_goes_on_from_it(

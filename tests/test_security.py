@@ -213,7 +213,8 @@ def token_page(renderer):
 def report(contract, data_folder, tmp_path):
     def page(text: str) -> str:
         image = "images/" + sorted((data_folder / "images").iterdir())[0].name
-        entries = [{"Q": f"{n} {text}", "A3": f"<think>a</think><answer>{text}</answer>"} for n in range(4)]
+        asked = text.replace("\ud800", "")  # a fault of the questions
+        entries = [{"Q": f"{n} {asked}", "A3": f"<think>a</think><answer>{text}</answer>"} for n in range(4)]
         (tmp_path / "set.jsonl").write_text(json.dumps({"image_path": image, "category": text, "QnA": entries}))
         known = read_questions(tmp_path / "set.jsonl", data_folder)
         said = f"<think>{text}<tool_call>{text}</tool_call></think><answer>{text}</answer>"

@@ -90,6 +90,8 @@ def test_a_tracker_that_is_not_installed_ends_the_command_before_anything_is_loa
     base_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="report_to is tensorbord, but tensorbord is no tracker: give tensorboard,"):
+        check_trackers("tensorbord")
     with pytest.raises(SettingsError, match="report_to is wandb, trackio, but wandb, trackio is not installed: pip"):
         check_trackers(["wandb", "trackio"])
     check_trackers("none")
