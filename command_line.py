@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ from config import (
     require,
     trl_fields,
 )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags are given whole, and for one that there is not the nearest is named."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flag = rest[0].partition("=")[0]
+            self.error(f"unknown flag {flag}.{nearest(flag, self._option_string_actions)}")
+        return options
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, title: str, omit: tuple[str, ...] = ()) -> None:
@@ -75,10 +90,9 @@ def parse_pass_through(rest: list[str]) -> dict[str, Any]:
 
 
 def training_parser(description: str, stages: tuple[str, ...]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=description,
         usage="%(prog)s [--setting value ...]",
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any further field of TRL's SFTConfig / GRPOConfig may be given as a flag or in a stage's JSON file "
         "(--save_steps 50,\n--report_to tensorboard, --deepspeed zero3.json). With --stage both, --sft_NAME and "

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from architecture import ARCHITECTURES, Architecture
+from command_line import CommandParser
 from config import convert
 from memory_model import GIB, Memory, Run, cache_bytes, peak, phases, rollout_memory
 
@@ -419,10 +420,8 @@ def count_images(path: Path) -> int:
         raise ValueError(f"data is {path}, which cannot be read: {error.strerror}") from None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Training settings by dataset size and GPU memory.", allow_abbrev=False
-    )
+def build_parser() -> CommandParser:
+    parser = CommandParser(description="Training settings by dataset size and GPU memory.")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--dataset_size", type=int, help="images in the training data")
     size.add_argument("--data", type=Path, help="training JSONL to count instead; a val.jsonl beside it validates")

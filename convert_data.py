@@ -12,7 +12,6 @@ No code of a set is ever run: neither pickles nor `trust_remote_code` are used.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from command_line import add_flags
+from command_line import CommandParser, add_flags
 from config import ConversionConfig, SettingsError, build, require
 from data_check import parse_line
 from data_formats import FORMATS, parse_columns
@@ -298,8 +297,8 @@ def describe(report: Report, source: tuple[str, str], target: tuple[str, str], i
 # ------------------------------------------------------------------------------------------------ command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=(__doc__ or "").split("\n")[0])
     readable, writable = ", ".join(FORMATS), ", ".join(name for name in FORMATS if FORMATS[name].write)
     parser.add_argument(
         "--from",

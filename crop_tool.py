@@ -255,14 +255,18 @@ def _excerpt(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ sizes
 
 
+def refuse_strip(width: int, height: int) -> None:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"the image is {width} x {height}: its aspect ratio is over {MAX_ASPECT_RATIO}")
+
+
 def smart_resize(width: int, height: int, factor: int, max_pixels: int) -> tuple[int, int]:
     """Qwen2-VL's choice of the multiple of `factor` for each side, within `max_pixels`; (width, height).
 
     Raises:
         ValueError: for a strip longer than 200 times its width.
     """
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"the image is {width} x {height}: its aspect ratio is over {MAX_ASPECT_RATIO}")
+    refuse_strip(width, height)
     new_width, new_height = (max(factor, round(side / factor) * factor) for side in (width, height))
     if new_width * new_height > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
@@ -283,6 +287,7 @@ def shown_crop_size(width: int, height: int, contract: CropContract) -> tuple[in
 
 
 def _fit(width: int, height: int, scale: float, contract: CropContract) -> tuple[int, int]:
+    refuse_strip(width, height)  # by the sides that the user knows
     sides = max(1, round(width * scale)), max(1, round(height * scale))
     fitted = smart_resize(*sides, contract.factor, contract.max_pixels)
     # Rounding can lengthen a strip beyond what the processor, which looks at it again, accepts.

@@ -144,8 +144,11 @@ class Checker:
         for tag in ("think", "answer"):
             if example.response.count(f"<{tag}>") != 1 or example.response.count(f"</{tag}>") != 1:
                 raise ValueError(f"missing tags: the answer needs one <{tag}>…</{tag}>")
-        if not parse_response(example.response, ()).is_well_formed:
+        parsed = parse_response(example.response, ())
+        if not parsed.is_well_formed:
             raise ValueError("missing tags: the answer must be <think>…</think> and then <answer>…</answer>")
+        if not parsed.answer_content.strip():
+            raise ValueError("empty answer: nothing stands between <answer> and </answer>")
         for box in boxes:
             self._check_box(box, size)
         return len(boxes)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from box_frames import FRAMES, FrameGuess, convert_file, detect_frame
+from command_line import CommandParser
 from config import DataConfig, SettingsError, convert, own_fields, placeholder
 from conversation import Renderer, cut_to_length, load_image
 from crop_tool import Box, CropContract, convert_crop_annotations, split_annotations
@@ -143,9 +144,8 @@ def show_example(data: DataConfig, model_name: str | None, which: str, html: str
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Check a training file: every row, call, box and image. Exits 1 where anything is faulty.",
-        allow_abbrev=False,
     )
     parser.add_argument("--check", required=True, metavar="FILE", help="JSONL file to check")
     parser.add_argument("--model_name", metavar="MODEL", help="model whose tokenizer counts the text tokens")

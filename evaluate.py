@@ -9,7 +9,6 @@ which files). Answers go to answers.jsonl in `--output` as they come; the same c
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark_data import Question, QuestionSet, read_questions
-from command_line import add_flags
+from command_line import CommandParser, add_flags
 from config import ABLATIONS, EvaluationConfig, SettingsError, build
 from crop_tool import CropContract, cut_crop
 from judge import Judge
@@ -346,11 +345,10 @@ def page(results: dict[str, Any], traces: dict[str, list[Trace]]) -> str:
 # ------------------------------------------------------------------------------------------------ command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=(__doc__ or "").split("\n")[0],
         epilog="The judge's key is read from the environment variable JUDGE_API_KEY alone.",
-        allow_abbrev=False,
     )
     unread = ("execute_crops", "parse_tool_calls")  # --ablate_crops none is what withholds crops here
     add_flags(parser, EvaluationConfig, "evaluation", unread)

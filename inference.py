@@ -5,7 +5,6 @@ python inference.py --model_path outputs/grpo/final_model --image_path test_imag
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Generator, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import add_flags
+from command_line import CommandParser, add_flags
 from config import InferenceConfig, SettingsError, build
 from conversation import Prompt, Renderer, load_image, refuse_reserved
 from crop_tool import CALL_CLOSE, ToolCall
@@ -129,7 +128,7 @@ class QwenVLInference:
         """Answer one question about an image (PIL, path, URL or data URI).
 
         Raises:
-            ValueError: for an image that cannot be read, or a question with one of the model's image tokens in it.
+            ValueError: for an image that cannot be read, an empty question, or one with the model's image tokens in it.
             SettingsError: for a question that does not fit `max_batch_tokens`.
         """
         return self.batch_generate([image], [question])[0]
@@ -142,9 +141,7 @@ class QwenVLInference:
             raise ValueError(
                 f"{len(images)} images and {len(questions)} questions were given: give one image a question"
             )
-        prompts = [
-            self.renderer.prompt(question, load_image(image)) for image, question in zip(images, questions, strict=True)
-        ]
+        prompts = [self._prompt(image, question) for image, question in zip(images, questions, strict=True)]
         return self._answer(prompts, questions, [None] * len(prompts), progress)
 
     def follow_up(self, result: InferenceResult, question: str) -> InferenceResult:
@@ -161,13 +158,18 @@ class QwenVLInference:
         Raises:
             ValueError, SettingsError: as `generate`, before the first piece.
         """
-        return self._stream(self.renderer.prompt(question, load_image(image)), question)
+        return self._stream(self._prompt(image, question), question)
 
     def stream_follow_up(self, result: InferenceResult, question: str) -> Stream:
         """`follow_up`, told as it comes; see `stream`."""
         return self._stream(self._follow_up_prompt(result, question), question, result)
 
+    def _prompt(self, image: str | Path | Image, question: str) -> Prompt:
+        check_question(question)
+        return self.renderer.prompt(question, load_image(image))
+
     def _follow_up_prompt(self, result: InferenceResult, question: str) -> Prompt:
+        check_question(question)
         return self.renderer.follow_up(result.prompt, result.rollout.completion_ids, result.rollout.images, question)
 
     def _stream(self, prompt: Prompt, question: str, earlier: InferenceResult | None = None) -> Stream:
@@ -206,6 +208,12 @@ class QwenVLInference:
         )
 
 
+def check_question(question: str) -> None:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"the question is {question!r}, but it must be text")
+    refuse_reserved(question, "the question")
+
+
 CUT_OFF = "The answer was cut off: raise --max_new_tokens."
 
 
@@ -237,8 +245,8 @@ def print_stream(stream: Stream) -> InferenceResult:
     return news
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--image_path", required=True, metavar="IMAGE", help="image file, URL or data URI")
     parser.add_argument(
         "--question",
@@ -278,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         config = build(InferenceConfig, flags)
         image = load_image(image_path)
         for question in questions:
-            refuse_reserved(question, "the question")
+            check_question(question)
         inference = QwenVLInference(config)
         results = _converse(inference, image, questions, streams)
         if not streams:

@@ -337,7 +337,7 @@ def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Shar
     return replace(run, **{name: getattr(config, name) for name in names})
 
 
-def savings(model: Architecture, run: Run, stage: str) -> list[tuple[str, int]]:
+def savings(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> list[tuple[str, int]]:
     """(flags, bytes saved) of the changes that make the stage's peak smaller, the greatest first."""
     tokens = run.rollouts * run.rollout_row
     slots = min(run.max_batch_tokens or tokens, tokens) // 2
@@ -350,7 +350,7 @@ def savings(model: Architecture, run: Run, stage: str) -> list[tuple[str, int]]:
         ("--use_lora", replace(run, method="lora", half_weights=False), is_full),
         ("--load_in_4bit", replace(run, method="qlora"), run.method == "lora"),
         (f"--lora_r {run.lora_r // 2}", replace(run, lora_r=run.lora_r // 2), not is_full and run.lora_r >= 16),
-        ("--bf16", replace(run, half=True), not run.half),
+        ("--bf16", replace(run, half=True), on_gpu and not run.half),
         (
             "accelerate launch --config_file configs/accelerate/fsdp2.yaml",
             replace(run, sharding="fsdp2"),
@@ -382,14 +382,15 @@ def _shorter(run: Run) -> Run:
     return replace(run, prompt_tokens=run.prompt_tokens // 2, answer_tokens=run.answer_tokens // 2)
 
 
-def out_of_memory_message(model: Architecture, run: Run, stage: str) -> str:
+def out_of_memory_message(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> str:
     """Where memory went, and the three settings that would help most."""
     largest = peak(model, run, (stage,))
     parts = sorted(largest.parts.items(), key=lambda part: -part[1])[:3]
     held = ", ".join(f"{name} {amount(value)}" for name, value in parts)
-    lines = [f"out of memory. {largest.phase} takes about {amount(largest.allocated)} a GPU here, most of it {held}."]
+    taken = amount(largest.allocated) + (" a GPU" if on_gpu else "")
+    lines = [f"out of memory. {largest.phase} takes about {taken} here, most of it {held}."]
     lines += ["What would help most, by the memory model:"]
-    lines += [f"  {flags:<55} saves about {amount(value)}" for flags, value in savings(model, run, stage)[:3]]
+    lines += [f"  {flags:<55} saves about {amount(value)}" for flags, value in savings(model, run, stage, on_gpu)[:3]]
     return "\n".join(lines)
 
 

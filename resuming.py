@@ -67,6 +67,9 @@ class Resumable:
 
     # ---------------------------------------------------------------------------------------------- save
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's knows nothing of this training. A merge writes one (model_card.py)."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 

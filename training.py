@@ -253,7 +253,7 @@ def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage:
             rank = trainer.model.peft_config["default"].r
             run = dataclasses.replace(run, method=method, lora_r=rank, half_weights=False)
         model = Architecture.from_config(trainer.model.config.to_dict())
-        raise SettingsError(out_of_memory_message(model, run, stage)) from None
+        raise SettingsError(out_of_memory_message(model, run, stage, torch.cuda.is_available())) from None
 
 
 def find_checkpoint(output: Path, say: Callable[[str], Any]) -> str | None:

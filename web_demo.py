@@ -9,7 +9,6 @@ the length of the queue and the questions of each client.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from command_line import add_flags
+from command_line import CommandParser, add_flags
 from config import SettingsError, WebConfig, build, require
 
 if TYPE_CHECKING:
@@ -141,8 +140,8 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=(__doc__ or "").split("\n")[0])
     add_flags(parser, WebConfig, "model, sampling and server", omit=OWN_FLAGS)
     return parser
 

@@ -207,3 +207,21 @@ def test_the_answering_command_without_a_model_says_so_without_a_traceback(proje
         "(owner/name)"
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "right"),
+    [
+        ("configure_training.py --dataset_size 9 --gpu_memory 80", "--num_gpu", "--num_gpus"),
+        ("convert_data.py --from llava a --to jsonl b", "--image_foldr", "--image_folder"),
+        ("data_utils.py --check a", "--image_base_pth", "--image_base_path"),
+        ("evaluate.py --model_path a --data b", "--sampls", "--samples"),
+        ("inference.py --model_path a --image_path b --question c", "--temprature", "--temperature"),
+    ],
+)
+def test_a_mistyped_flag_is_named_with_the_nearest_one(command, wrong, right):
+    for given in ([wrong, "1"], [f"{wrong}=1"]):
+        arguments = [sys.executable, *command.split(), *given]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert f"unknown flag {wrong}. Did you mean '{right}'?" in done.stderr

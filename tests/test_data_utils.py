@@ -121,7 +121,7 @@ FAULTS = {
     "no picture": (row(image="text.jpg"), r"unreadable image text\.jpg: cannot identify image file .*"),
     "link to itself": (row(image="loop.jpg"), r"unreadable image loop\.jpg: .*"),
     "broken data URI": (row(image="data:image/png;base64,AAAA"), r"unreadable image data:image/png;base64,AAAA: .*"),
-    "strip": (row(image="strip.png"), r"the image is \d+ x \d+: its aspect ratio is over 200"),
+    "strip": (row(image="strip.png"), r"the image is 6030 x 30: its aspect ratio is over 200"),
     "path upwards": (row(image="../outside.jpg"), r"image path \.\./outside\.jpg leaves the base folder .*"),
     "absolute path": (row(image="/etc/hostname"), r"image path /etc/hostname leaves the base folder .*"),
     "link out of the base": (row(image="link.jpg"), r"image path link\.jpg leaves the base folder .*"),
@@ -150,6 +150,10 @@ FAULTS = {
     "box that is over-long as the model writes it": (
         row(calling("[4, 0, 5603, 28]"), image="large.png"),
         r"extreme box \[4, 0, 5603, 28\]: one side is over 200 times the other",
+    ),
+    "empty answer": (
+        row("<think>a</think><answer> </answer>"),
+        r"empty answer: nothing stands between <answer> and </answer>",
     ),
     "no think tags": (row("<answer>yes</answer>"), r"missing tags: the answer needs one <think>…</think>"),
     "think is not closed": (row("<think>a<answer>b</answer>"), r"missing tags: the answer needs one <think>…</think>"),

@@ -136,6 +136,7 @@ def test_command_writes_json_and_trace_and_takes_follow_ups(base_folder, picture
             "there is no model at /gone/model",
         ),
         (["--image_path", "{picture}", "--question", "a <|image_pad|>"], "reserved token"),
+        (["--image_path", "{picture}", "--question", " "], "the question is ' ', but it must be text"),
         (["--image_path", "{picture}", "--question", "a", "--top_k", "x"], "top_k is 'x', but it must be a number"),
         pytest.param(
             ["--image_path", "{picture}", "--question", "a", "--device", "cuda:1"],
@@ -170,3 +171,10 @@ def test_a_question_that_does_not_fit_max_batch_tokens_is_refused(base_folder, p
     answering = QwenVLInference(InferenceConfig(str(base_folder), max_new_tokens=10, max_batch_tokens=20))
     with pytest.raises(SettingsError, match="max_batch_tokens is 20, but prompt 0 has"):
         answering.generate(picture, QUESTION)
+
+
+@pytest.mark.parametrize("question", [None, "", "\n"])
+def test_an_empty_question_is_refused(answering, picture, question):
+    for ask in (answering.generate, lambda *given: next(answering.stream(*given))):
+        with pytest.raises(ValueError, match=f"the question is {question!r}, but it must be text".replace("\\", ".")):
+            ask(picture, question)

@@ -146,7 +146,8 @@ def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
         train_sft.run_sft(resolve_training(flags, ("sft",)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line or "saves about" in line]
     assert lines[0].startswith("train_sft.py: out of memory. SFT takes about")
-    assert len(lines) == 4 and "--batch_size 2 --gradient_accumulation_steps 8" in lines[1]
+    assert 3 <= len(lines) <= 4 and "--batch_size 2 --gradient_accumulation_steps 8" in lines[1]
+    assert torch.cuda.is_available() or not any("--bf16" in line for line in lines), "refused on a CPU"
 
 
 def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_folder, tmp_path, monkeypatch):
@@ -167,7 +168,7 @@ def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_fol
     settings = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", **flags)
     _, trainer = grpo_trainer(settings)
     told = []
-    monkeypatch.setattr("training.out_of_memory_message", lambda model, run, stage: told.append(run) or "")
+    monkeypatch.setattr("training.out_of_memory_message", lambda model, run, *_: told.append(run) or "")
     monkeypatch.setattr("trainers.CropGRPOTrainer._generate", fail)
     with pytest.raises(SettingsError):
         train(trainer, settings, "grpo")

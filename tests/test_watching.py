@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_trainers import grpo_trainer, length_part, script_calls, settings_for
+from transformers import TrainerCallback
 
 import watching
 from config import SettingsError, build_stage
@@ -168,20 +169,26 @@ def test_the_trainings_speed_leaves_the_fixed_questions_out(base_folder, data_fo
     settings = settings_for("grpo", base_folder, data_folder, tmp_path, max_steps=3, watch_every=1, watch_samples=2)
     _, trainer = grpo_trainer(settings, (length_part(),))
     watch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CropGain))
-    figures, seconds = watching.gain_figures, 1.0
+    figures, pause, times = watching.gain_figures, 1.0, []
 
     def dawdle(*given):
-        time.sleep(seconds)
+        time.sleep(pause)
         return figures(*given)
 
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watching, "gain_figures", dawdle)
         train(trainer, settings, "grpo")
     assert watch.every == 1
     lines = [item for item in trainer.state.log_history if "loss" in item]
-    assert len(lines) == 3 and all("tokens_per_second" in line for line in lines[1:])
-    for before, line in pairwise(lines):
-        assert (line["num_tokens"] - before["num_tokens"]) / line["tokens_per_second"] < seconds
+    assert len(lines) == len(times) == 3 and all("tokens_per_second" in line for line in lines[1:])
+    for (before, line), (start, end) in zip(pairwise(lines), pairwise(times), strict=True):
+        said = (line["num_tokens"] - before["num_tokens"]) / line["tokens_per_second"]
+        assert said < end - start - 0.8 * pause
 
 
 # ---------------------------------------------------------------------------------------------- settings
