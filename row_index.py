@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from config import DataConfig, SettingsError, is_main_process
 from conversation import Renderer
 from data_check import (
@@ -104,10 +106,17 @@ def _index_part(start: int, end: int, path: str, answer_key: str) -> tuple[int, 
 
 def _entries(raw: bytes) -> list[Any]:
     try:
-        entries = json.loads(raw.decode("utf-8-sig"))["QnA"] if len(raw) <= MAX_LINE_BYTES else []
+        entries = _parsed(raw)["QnA"] if len(raw) <= MAX_LINE_BYTES else []
     except (ValueError, LookupError, TypeError, RecursionError):
         return []
     return entries if isinstance(entries, list) else []
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return orjson.loads(raw)  # four times as fast as json
+    except orjson.JSONDecodeError:  # a byte order mark, NaN, half a surrogate pair
+        return json.loads(raw.decode("utf-8-sig"))
 
 
 def _rough_length(entry: Any, answer_key: str) -> int:

@@ -1,12 +1,13 @@
 """R-GRPO on a long file: rows are checked when they are drawn, and a sound one stands in for a faulty one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from test_data_utils import images, row, write  # noqa: F401 - images is a fixture
 from test_resume import assert_same_run, run
-from test_sft_data import LAZY, faulty  # noqa: F401 - a fixture
+from test_sft_data import LAZY, faulty, several  # noqa: F401 - faulty is a fixture
 from test_trainers import grpo_trainer, length_part, settings_for
 
 from config import DataConfig, SettingsError
@@ -107,3 +108,16 @@ def test_fixed_questions_of_a_long_file_are_sound(base_folder, data_folder, long
     questions = fixed_questions(settings.grpo, settings.data, trainer.rows)
     lines = [int(question.name.split()[1].rstrip(",")) for question in questions]
     assert lines and all(line % 3 != 2 for line in lines) and len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize("extra", ['"NaN": NaN, ', '"huge": 1e999, ', '"half": "\\ud800", ', ""])
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_the_index_finds_the_entries_of_all_json_that_the_check_reads(images, renderer, tmp_path, extra, mark):  # noqa: F811
+    line = several(3).replace("{", "{" + extra, 1).encode()
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(mark + line + b"\n")
+    data = DataConfig(train_data=str(path), image_base_path=str(images))
+    checked = check_file(data, renderer.contract, renderer)
+    assert len(checked) == 3 and not any(checked["fault"])
+    index = load_training_rows(replace(data, **LAZY), renderer, str(tmp_path / "bad.jsonl"))
+    assert [(row["line"], row["entry"]) for row in index] == [(1, 0), (1, 1), (1, 2)]
