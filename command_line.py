@@ -28,6 +28,7 @@ from config import (
     placeholder,
     read_json,
     require,
+    require_file,
     trl_fields,
 )
 
@@ -246,7 +247,8 @@ RESERVED_IN = {
 def check_settings(settings: TrainingSettings, flags: dict[str, dict[str, Any]]) -> None:
     """Refuse what cannot work, with what was given and what to do. Looks at names and files, loads nothing."""
     for path, name in ((settings.data.train_data, "train_data"), (settings.data.val_data, "val_data")):
-        require(path is None or Path(path).is_file(), f"{name} is {path}, but there is no such file")
+        if path is not None:
+            require_file(name, path)
     base = settings.data.image_base_path
     require(Path(base).is_dir(), f"image_base_path is {base}, but there is no such folder")
     for stage, config in (("sft", settings.sft), ("grpo", settings.grpo)):

@@ -409,6 +409,18 @@ def require(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def require_file(name: str, path: str | Path) -> None:
+    """Refuse a path at which there is no file, as it was given by the setting `name`."""
+    reason = "that is a folder: give the file in it" if Path(path).is_dir() else "there is no such file"
+    require(Path(path).is_file(), f"{name} is {path}, but {reason}")
+
+
+def require_apart(name: str, output: str | None, source: str, what: str) -> None:
+    """Refuse to write over what is read: `output`, given by the setting `name`, must not be the file `source`."""
+    there = output is not None and os.path.exists(output) and os.path.exists(source)
+    require(not (there and os.path.samefile(output, source)), f"{name} is {output}, {what} itself: give another name")
+
+
 def check_batch_tokens(tokens: int, backend: str) -> None:
     require(
         tokens == 0 or backend == "engine",

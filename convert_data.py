@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import CommandParser, add_flags
-from config import ConversionConfig, SettingsError, build, require
+from config import ConversionConfig, SettingsError, build, require, require_file
 from data_check import parse_line
 from data_formats import FORMATS, parse_columns
 from format_parts import Conversion, Row, check_row
@@ -62,7 +63,8 @@ def open_source(kind: str, path: str, config: ConversionConfig) -> Source:
     """The rows of a file or set; raises SettingsError where there is none."""
     if kind == "hub":
         return Source(hub_rows(path, config), None, " rows")
-    require(Path(path).is_file(), f"{path}: there is no such file")
+    require_file("--from", path)
+    require(os.path.getsize(path) > 0, f"{path} is empty")
     if FORMATS[kind].suffixes == (".parquet",):
         return parquet_source(path)
     with open(path, "rb") as file:
@@ -290,7 +292,8 @@ def describe(report: Report, source: tuple[str, str], target: tuple[str, str], i
         said += [f"left out, all of them in {report.target}.skipped.txt:", *(f"  {fault}" for fault in report.faults)]
         said += [f"  … and {report.skipped - SHOWN} more"] if report.skipped > SHOWN else []
     if goal == "jsonl":
-        said += [f"check it: python data_utils.py --check {report.target} --image_base_path {image_folder}"]
+        check = ["data_utils.py", "--check", report.target, "--image_base_path", image_folder]
+        said += [f"check it: python {shlex.join(check)}"]
     return "\n".join(said)
 
 

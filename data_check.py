@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from config import DataConfig, SettingsError, is_main_process
+from config import DataConfig, SettingsError, is_main_process, require_apart
 from conversation import Example, Renderer, load_image, refuse_reserved
 from crop_tool import Box, CropContract, Frame, resolve_box, shown_image_size
 from response_format import parse_response
@@ -390,7 +391,8 @@ def load_examples(path: str, data: DataConfig, renderer: Renderer, bad_rows_file
             print(f"{path}: {len(faults)} of {len(table)} entries are faulty and skipped; rows in {bad_rows_file}")
             print("\n".join(describe_faults(faults, most=10)))
     if len(sound) == 0:
-        raise SettingsError(f"{path} has no sound example: run data_utils.py --check {path} to see why")
+        check = ["data_utils.py", "--check", path, "--image_base_path", data.image_base_path]
+        raise SettingsError(f"{path} has no sound example: python {shlex.join(check)} says why")
     if is_main_process():
         print(f"{path}: {len(sound)} examples")
     return sound
@@ -402,8 +404,7 @@ def describe_faults(faults: list[dict[str, Any]], most: int) -> list[str]:
 
 
 def write_bad_rows(path: str, lines: set[int], output: str) -> None:
-    if os.path.exists(output) and os.path.samefile(path, output):
-        raise SettingsError(f"bad_rows_file is {output}, the data file itself: give another name")
+    require_apart("bad_rows_file", output, path, "the data file")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "rb") as source, open(output, "wb") as target:
         for number in range(1, max(lines, default=0) + 1):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from box_frames import FRAMES, FrameGuess, convert_file, detect_frame
 from command_line import CommandParser
-from config import DataConfig, SettingsError, convert, own_fields, placeholder
+from config import DataConfig, SettingsError, convert, own_fields, placeholder, require, require_apart, require_file
 from conversation import Renderer, cut_to_length, load_image
 from crop_tool import Box, CropContract, convert_crop_annotations, split_annotations
 from data_check import Checker, check_file, describe_faults, next_line, write_bad_rows
@@ -68,19 +68,22 @@ def boxes_as_written(table: Dataset) -> Iterator[tuple[Box, tuple[int, int]]]:
         yield from ((part, (row["width"], row["height"])) for part in parts if isinstance(part, Box) and row["width"])
 
 
-def convert_boxes(table: Dataset, data: DataConfig, contract: CropContract, guess: FrameGuess, target: str) -> None:
+def convert_boxes(
+    table: Dataset, data: DataConfig, contract: CropContract, guess: FrameGuess, target: str, told: str
+) -> None:
     """Write the checked file to `target` with its boxes in original pixels, and say what was done.
 
+    told: what says which frame they are in, for the message.
+
     Raises:
-        SettingsError: where `target` is the file itself, or the frame is not clear enough to convert from.
+        SettingsError: where there are no boxes, or where their frame is original pixels or not clear enough.
     """
     source = data.train_data
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise SettingsError(f"convert_boxes is {target}, the data file itself: give another name")
     if guess.verdict == "ambiguous":
+        require(guess.boxes > 0, f"{source} has no boxes: nothing to convert")
         raise SettingsError(f"the frame of {source} is {guess.describe()}: name it with --from_frame")
     if guess.frame == "original":
-        raise SettingsError(f"{source} is in {guess.describe()} already: nothing to convert")
+        raise SettingsError(f"{source} is in original pixels already, as {told}: nothing to convert")
     sizes = {row["line"]: (row["width"], row["height"]) for row in table.select_columns(["line", "width", "height"])}
     sizes = {line: size for line, size in sizes.items() if size[0]}
     done = convert_file(source, target, guess.frame, sizes, data.answer_key, contract)
@@ -180,8 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = own["check"]
         data = DataConfig(train_data=path, **{k: convert(k, v, hints[k]) for k, v in options.items()})
-        if not Path(path).is_file():
-            raise SettingsError(f"{path}: there is no such file")
+        require_file("check", path)
+        for name in ("html", "convert_boxes", "bad_rows_file"):
+            require_apart(name, own[name], path, "the data file")
         if not Path(data.image_base_path).is_dir():
             raise SettingsError(
                 f"image_base_path is {data.image_base_path}, but there is no such folder: give the one that the "
@@ -219,6 +223,9 @@ def run_check(
     contract = renderer.contract if renderer is not None else CropContract(**data.contract_settings())
     table = check_file(data, contract, renderer)
     guess = detect_frame(boxes_as_written(table), contract)
+    faults = [row for row in table.select_columns(["line", "entry", "fault"]) if row["fault"]]
+    if faults:
+        print("\n".join(describe_faults(faults, most=len(faults))) + "\n")  # first, so that the figures stay in sight
     print(report(table, estimated=renderer is None))
     print(f"boxes in      {guess.describe()}")
     if guess.is_foreign:
@@ -230,14 +237,13 @@ def run_check(
         write_sheet(table, data, guess, html)
     if converted is not None:
         named = guess if from_frame is None else replace(guess, frame=from_frame, probability=1.0)
-        convert_boxes(table, data, contract, named, converted)
-    faults = [row for row in table.select_columns(["line", "entry", "fault"]) if row["fault"]]
+        told = "--from_frame says" if from_frame else "their statistics say"
+        convert_boxes(table, data, contract, named, converted, told)
     if not faults:
         print("no faults")
         return 0
     write_bad_rows(data.train_data, {row["line"] for row in faults}, bad_rows)
-    print(f"\n{len(faults)} faults; their rows are in {bad_rows}")
-    print("\n".join(describe_faults(faults, most=len(faults))))
+    print(f"{len(faults)} faults; their rows are in {bad_rows}")
     return 1
 
 

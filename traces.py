@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import re
@@ -142,6 +143,8 @@ def save_trace(path: str | Path, traces: Sequence[Trace]) -> None:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write under another name first, so that a reader never meets half a file."""
     path = Path(path)
+    if path.is_dir():  # as `replace` would say, but by the other name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

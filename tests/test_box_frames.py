@@ -167,7 +167,10 @@ def test_check_warns_and_a_converted_file_is_sound(folder, capsys):
     [
         (["--from_frame", "resized"], "--from_frame was given without --convert_boxes"),
         (["--convert_boxes", "{file}"], "the data file itself"),
-        (["--convert_boxes", "out.jsonl", "--from_frame", "original"], "nothing to convert"),
+        (
+            ["--convert_boxes", "out.jsonl", "--from_frame", "original"],
+            "is in original pixels already, as --from_frame says: nothing to convert\n",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused(folder, capsys, flags, message):
@@ -175,6 +178,15 @@ def test_what_cannot_be_converted_is_refused(folder, capsys, flags, message):
         run(folder, *(flag.format(file=folder / "train.jsonl") for flag in flags))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_without_boxes_has_nothing_to_convert(tmp_path, capsys):
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
+    row = {"image_path": "a.png", "QnA": [{"Q": "Is it?", "A3": "<think>I see.</think><answer>ja</answer>"}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--convert_boxes", str(tmp_path / "out.jsonl"))
+    assert "has no boxes: nothing to convert" in capsys.readouterr().err
 
 
 def test_an_ambiguous_file_needs_the_frame_named(tmp_path, capsys):

@@ -294,6 +294,12 @@ def test_a_set_with_code_of_its_own_is_not_run(folder):
 # ------------------------------------------------------------------------------------------------ command
 
 
+def test_the_command_that_checks_the_result_can_be_pasted():
+    report = convert_data.Report("my data/o.jsonl", 1, 1, 0, {}, ())
+    said = convert_data.describe(report, ("llava", "x.json"), ("jsonl", report.target), "my images")
+    assert said.endswith("data_utils.py --check 'my data/o.jsonl' --image_base_path 'my images'")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -301,7 +307,8 @@ def test_a_set_with_code_of_its_own_is_not_run(folder):
         ("--from llava x.json --to hub me/mine", "sets of the hub are read, not written"),
         ("--from llava x.json --to jsonl o.json", "the name of such a file ends in .jsonl"),
         ("--from llava x.json --to deepeyes o.jsonl", "the name of such a file ends in .parquet"),
-        ("--from llava gone.json --to jsonl o.jsonl", "gone.json: there is no such file"),
+        ("--from llava gone.json --to jsonl o.jsonl", "--from is gone.json, but there is no such file"),
+        ("--from jsonl empty.jsonl --to llava o.json", "empty.jsonl is empty"),
         ("--from llava x.json --to messages x.json", "x.json is the source itself"),
         ("--from llava x.json --to jsonl o.jsonl", "x.json cannot be read as JSON"),
         ("--from deepeyes x.json --to jsonl o.jsonl", "x.json cannot be read as parquet"),
@@ -317,7 +324,8 @@ def test_a_set_with_code_of_its_own_is_not_run(folder):
 def test_what_cannot_be_is_said(folder, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(folder)
     (folder / "x.json").write_text("[{")
+    (folder / "empty.jsonl").touch()
     with pytest.raises(SystemExit, match="2"):
         convert_data.main(flags.split())
     assert message in capsys.readouterr().err
-    assert sorted(os.listdir(folder)) == ["a.png", "x.json"]
+    assert sorted(os.listdir(folder)) == ["a.png", "empty.jsonl", "x.json"]

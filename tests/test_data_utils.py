@@ -197,7 +197,8 @@ def test_check_prints_every_fault_writes_the_bad_rows_and_exits_1(images, tmp_pa
     assert [int(number) for number, _ in named] == list(range(2, len(FAULTS) + 2))
     for (_, printed), (_, message) in zip(named, FAULTS.values(), strict=True):
         assert re.fullmatch(message, printed), printed
-    assert f"{len(FAULTS)} faults; their rows are in {path}.bad_rows.jsonl" in out
+    assert out.splitlines()[-1] == f"{len(FAULTS)} faults; their rows are in {path}.bad_rows.jsonl"
+    assert out.index("  line 2") < out.index("rows  ")  # a long list does not push the figures out of sight
     bad = (tmp_path / "train.jsonl.bad_rows.jsonl").read_bytes()
     assert bad == b"".join((tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)[1:-1])
 
@@ -238,6 +239,8 @@ def test_check_with_a_model_counts_its_tokens_in_its_frame(base_folder, renderer
         (["--max_length", "many"], "data_utils.py: max_length is 'many', but it must be a number\n"),
         (["--coordinate_space", "pixels"], "data_utils.py: coordinate_space is 'pixels', but it must be one of "),
         (["--bad_rows_file", "train.jsonl"], "bad_rows_file is train.jsonl, the data file itself: give another name"),
+        (["--html", "./train.jsonl"], "html is ./train.jsonl, the data file itself: give another name"),
+        (["--html", "."], "data_utils.py: [Errno 21] Is a directory: '.'\n"),
     ],
 )
 def test_check_refuses_settings_that_cannot_be_and_leaves_the_data_alone(
@@ -257,7 +260,8 @@ def test_check_of_a_missing_or_empty_file_or_folder_is_refused(images, tmp_path,
     with pytest.raises(SystemExit) as stop:
         check(capsys, str(tmp_path / "empty.jsonl"), tmp_path / "nowhere")
     assert stop.value.code == 2 and "nowhere, but there is no such folder" in capsys.readouterr().err
-    for name, message in (("none.jsonl", "there is no such file"), ("empty.jsonl", "is empty")):
+    cases = {"none.jsonl": "there is no such file", "empty.jsonl": "is empty", ".": "that is a folder"}
+    for name, message in cases.items():
         with pytest.raises(SystemExit) as stop:
             check(capsys, str(tmp_path / name), images)
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -327,7 +331,7 @@ def test_many_faults_are_counted_and_the_first_named(images, tmp_path, renderer,
 
 def test_a_file_without_a_sound_example_is_refused(images, tmp_path, renderer):
     path = write(tmp_path / "train.jsonl", ["[1]"])
-    with pytest.raises(SettingsError, match=r"has no sound example: run data_utils\.py --check .* to see why"):
+    with pytest.raises(SettingsError, match=r": python data_utils\.py --check .* --image_base_path .* says why"):
         load_examples(path, DataConfig(image_base_path=str(images)), renderer, str(tmp_path / "bad.jsonl"))
 
 
