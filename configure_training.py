@@ -15,7 +15,7 @@ from pathlib import Path
 
 from architecture import ARCHITECTURES, Architecture
 from command_line import CommandParser
-from config import convert
+from config import convert, require
 from memory_model import GIB, Memory, Run, cache_bytes, peak, phases, rollout_memory
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -26,6 +26,7 @@ FULL_FINE_TUNING_GB = 80
 # (from this much memory on, sequences a device and micro-batch at most)
 LORA_BATCHES = ((80, 16), (32, 8), (24, 4), (16, 2), (8, 1))
 SMALLEST_RANK, CACHE_STEP = 16, 4096
+CUT_UP = ("zero3", "fsdp2")  # ways to share the weights themselves
 SFT_EPOCHS = 3
 CONFIGS = Path(__file__).parent / "configs"
 PATHS = {"train_data": "data/train.jsonl", "val_data": "data/val.jsonl", "image_base_path": "data/images"}
@@ -103,7 +104,7 @@ def recommend(
     Raises:
         ValueError: where nothing can be recommended, saying what was given and what to do.
     """
-    _check(dataset_size, gpu_memory, num_gpus)
+    _check(dataset_size, num_gpus, method, sharding, lengths, batch_size)
     model_name, model_reason = _choose_model(model_name, gpu_memory)
     model = Architecture.find(model_name)
     lengths = replace(lengths, num_gpus=num_gpus)
@@ -145,22 +146,36 @@ def _steps_reason(run: Run) -> str:
     return f"{steps}: the group of {GROUP_SIZE} rollouts divides it"
 
 
-def _check(dataset_size: int, gpu_memory: float, num_gpus: int) -> None:
-    if dataset_size < 1:
-        raise ValueError(f"dataset_size is {dataset_size}, but it counts images: give 1 or more")
+def _check(
+    dataset_size: int, num_gpus: int, method: str | None, sharding: str | None, lengths: Run, batch_size: int | None
+) -> None:
+    require(dataset_size >= 1, f"dataset_size is {dataset_size}, but it counts images: give 1 or more")
+    require(num_gpus >= 1, f"num_gpus is {num_gpus}, but training needs at least 1")
+    require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}, but it must be at least 1")
+    for name in LENGTHS:
+        value, least = getattr(lengths, name), int(name in ("prompt_tokens", "max_completion_length"))
+        require(value >= least, f"{name} is {value}, but it must be at least {least}")
+    require(
+        sharding in (None, "ddp") or num_gpus > 1,
+        f"sharding is {sharding}, but there is one GPU to cut the weights up over: give --num_gpus, or leave it out",
+    )
+    require(
+        method != "qlora" or sharding not in CUT_UP,
+        f"method is qlora, but {sharding} cuts weights up, and those in 4 bits must be whole: give --sharding ddp or "
+        "zero2, or --method lora",
+    )
+
+
+def _choose_model(model_name: str | None, gpu_memory: float) -> tuple[str, str]:
+    if model_name is not None:
+        require(0 < gpu_memory < math.inf, f"gpu_memory is {gpu_memory:g} GB: give that of one GPU")
+        return model_name, "as given"
     if not 8 <= gpu_memory < math.inf:
         weights = 2 * ARCHITECTURES[SMALL_MODEL].parameters / 1e9
         raise ValueError(
             f"gpu_memory is {gpu_memory:g} GB, but the weights of the smallest model, {SMALL_MODEL}, take "
             f"{weights:.1f} GB alone: use a GPU of 8 GB or more (16 GB to be at ease)"
         )
-    if num_gpus < 1:
-        raise ValueError(f"num_gpus is {num_gpus}, but training needs at least 1")
-
-
-def _choose_model(model_name: str | None, gpu_memory: float) -> tuple[str, str]:
-    if model_name is not None:
-        return model_name, "as given"
     if gpu_memory >= 24:
         return DEFAULT_MODEL, "the default"
     weights = 2 * ARCHITECTURES[DEFAULT_MODEL].parameters / 1e9
@@ -192,8 +207,8 @@ def _full_run(lengths: Run, sharding: str | None) -> Run:
 
 
 def _lora_runs(lengths: Run, rank: int, method: str | None, sharding: str | None) -> Iterator[Run]:
-    """From the best to the smallest: the rank halved to 64, then the frozen weights in 4 bits."""
-    for kind in [method] if method else ["lora", "qlora"]:
+    """From the best to the smallest: the rank halved to 64, then the frozen weights in 4 bits, which must be whole."""
+    for kind in [method] if method else ["lora"] if sharding in CUT_UP else ["lora", "qlora"]:
         lora_r, smallest = rank, SMALLEST_RANK if kind == "qlora" else 64
         while lora_r >= smallest:
             yield replace(lengths, method=kind, lora_r=lora_r, sharding=sharding or "ddp")
@@ -202,7 +217,7 @@ def _lora_runs(lengths: Run, rank: int, method: str | None, sharding: str | None
 
 def _most(gpu_memory: float, run: Run) -> int:
     """Sequences of a micro-batch at most: larger ones make a step hardly faster."""
-    most = next(batch for memory, batch in LORA_BATCHES if gpu_memory >= memory)
+    most = next((batch for memory, batch in LORA_BATCHES if gpu_memory >= memory), 1)
     return min(most if run.method != "full" else max(1, most // 4), max(1, EFFECTIVE_BATCH // run.num_gpus))
 
 
@@ -246,7 +261,8 @@ def _with_rollouts(model: Architecture, run: Run, gpu_memory: float) -> Run | No
 def _nothing_fits(name: str, model: Architecture, run: Run, gpu_memory: float) -> str:
     memory = peak(model, with_batch(replace(run, max_batch_tokens=4 * run.rollout_row), run.batch_size))
     weights = memory.parts["weights"] / 1e9
-    further = "" if run.method == "qlora" else ", or 4-bit weights (--method qlora)"
+    whole = " --sharding ddp" if run.sharding in CUT_UP else ""
+    further = "" if run.method == "qlora" else f", or 4-bit weights (--method qlora{whole})"
     return (
         f"model_name is {name}, whose weights take {weights:.1f} GB ({_method(run)}), and at a batch size of "
         f"{run.batch_size} {memory.phase} needs {memory.needed / GIB:.1f} GB in all, but gpu_memory is {gpu_memory:g} "
@@ -508,6 +524,7 @@ def run(args: argparse.Namespace) -> None:
         beside = args.data.with_name("val.jsonl")
         paths |= {"train_data": str(args.data), "val_data": str(beside) if beside.is_file() else None}
     dataset_size = count_images(args.data) if args.data else args.dataset_size
+    require(dataset_size > 0 or not args.data, f"data is {args.data}, which is empty")
     lengths = {name: getattr(args, name) for name in LENGTHS}
     lengths = Run(gradient_checkpointing=args.gradient_checkpointing, **lengths)
     choice = recommend(

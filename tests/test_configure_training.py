@@ -108,6 +108,39 @@ def test_bad_input_says_what_was_given_and_what_to_do(arguments, message):
         recommend(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--dataset_size 900 --num_gpus 2 --method qlora --sharding fsdp2",
+            "method is qlora, but fsdp2 cuts weights up",
+        ),
+        ("--dataset_size 900 --sharding zero3", "sharding is zero3, but there is one GPU"),
+        ("--dataset_size 900 --crops -1", "crops is -1, but it must be at least 0"),
+        ("--dataset_size 900 --max_completion_length 0", "max_completion_length is 0, but it must be at least 1"),
+        ("--dataset_size 900 --batch_size 0", "batch_size is 0, but it must be at least 1"),
+        ("--data empty.jsonl", "data is empty.jsonl, which is empty"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    with pytest.raises(SystemExit):
+        configure_training.main([*flags.split(), "--gpu_memory", "24"])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
+def test_weights_that_are_cut_up_are_not_put_in_4_bits(sharding):
+    assert recommend(40_000, 48, 2, sharding=sharding).run.method == "lora"
+    with pytest.raises(ValueError, match=r"or 4-bit weights \(--method qlora --sharding ddp\)"):
+        recommend(40_000, 24, 2, sharding=sharding)
+
+
+def test_a_small_model_of_ones_own_may_train_on_a_small_gpu(base_folder):
+    assert recommend(900, 4, model_name=str(base_folder)).model_name == str(base_folder)
+
+
 def test_40000_images_and_32_gb_show_exactly_the_readme_command(capsys):
     configure_training.main(["--dataset_size", "40000", "--gpu_memory", "32", "--show_command"])
     assert capsys.readouterr().out == README_COMMAND + "\n"
