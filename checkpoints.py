@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -14,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from config import SettingsError, is_main_process
 from model_utils import write_folder
 
 MANIFEST_FILE = "checkpoint_manifest.json"
-STAGING = ".saving"
+STAGING, LOCK_FILE = ".saving", ".in_use"
 # Of a save that was killed, or met a full disk.
 LEFTOVERS = (STAGING, ".checkpoint-*.partial", ".checkpoint-*.old", ".final_model.partial", ".final_model.weights")
 _CHUNK = 1 << 22
@@ -33,6 +35,39 @@ class StoppedError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def claimed(output_dir: str | Path) -> Iterator[None]:
+    """The output folder for this run alone, all its processes, as long as the context lasts; made where there is none.
+
+    Raises:
+        SettingsError: where it cannot be written to, or another process has claimed it.
+    """
+    if not is_main_process():
+        yield
+        return
+    lock = Path(output_dir, LOCK_FILE)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise SettingsError(
+            f"output_dir is {output_dir}, which cannot be written to ({error.strerror}): give another folder"
+        ) from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+        except (BlockingIOError, PermissionError):
+            raise SettingsError(
+                f"output_dir is {output_dir}, where another run is at work: wait for its end, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -152,14 +187,16 @@ def _checksums(folder: Path, names: list[str] | None = None, to_disk: bool = Fal
     if names is None:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
-    def checksum(name: str) -> list[int]:
-        size = total = 0
-        with open(folder / name, "rb") as file:
-            if to_disk:
-                os.fsync(file.fileno())
-            while chunk := file.read(_CHUNK):
-                size, total = size + len(chunk), zlib.crc32(chunk, total)
-        return [size, total]
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(checksum, names), strict=True))
+        return dict(zip(names, pool.map(lambda name: checksum(folder / name, to_disk), names), strict=True))
+
+
+def checksum(path: str | Path, to_disk: bool = False) -> list[int]:
+    """[bytes, CRC-32] of a file; with `to_disk` it is on the disk then."""
+    size = total = 0
+    with open(path, "rb") as file:
+        if to_disk:
+            os.fsync(file.fileno())
+        while chunk := file.read(_CHUNK):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]

@@ -332,6 +332,10 @@ def _check_grpo(settings: TrainingSettings) -> None:
     if settings.sft is None and grpo.sft_checkpoint is not None:
         require(Path(grpo.sft_checkpoint).is_dir(), f"sft_checkpoint is {grpo.sft_checkpoint}: no such folder")
     if settings.sft is not None:
+        require(
+            Path(settings.sft.output_dir).resolve() != Path(grpo.output_dir).resolve(),
+            f"output_dir is {grpo.output_dir} in both stages: give --sft_output_dir and --grpo_output_dir",
+        )
         expected = f"{settings.sft.output_dir}/final_model"
         require(
             grpo.sft_checkpoint == expected,

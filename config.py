@@ -489,6 +489,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         require(str(value).lower() in truth, f"{name} is {value!r}, but it must be true or false")
         return truth[str(value).lower()]
     if hint in (int, float):
+        require(not isinstance(value, bool), f"{name} is {str(value).lower()}, but it must be a number")
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -513,7 +514,8 @@ def build_stage(stage: str, given: dict[str, Any]) -> StageConfig:
             own[name] = convert(name, value, hints[name])
         elif name in trl_fields(stage):
             hint = trl_fields(stage)[name]
-            passed[name] = convert(name, value, hint) if hint and isinstance(value, str) else value
+            converted = convert(name, value, hint) if hint else value
+            passed[name] = value if converted == value else converted  # 50 stays 50 where TRL has a float
         else:
             known = {*hints, *trl_fields(stage), *ALIASES}
             raise SettingsError(f"unknown setting {name!r} of the {stage} stage.{nearest(name, known)}")

@@ -132,18 +132,20 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
 
 def run_grpo(settings: TrainingSettings) -> Path:
     """Train stage 2; returns the folder of the final model."""
+    from checkpoints import claimed
     from model_utils import load_for_training
     from training import begin, finish, train
 
     config = settings.grpo
-    final = begin("stage 2: R-GRPO", settings, "grpo")
-    if final is not None:
-        return final
-    start = config.sft_checkpoint or settings.model.model_name
-    loaded = load_for_training(settings.model, settings.data, config, start)
-    trainer = build_trainer(loaded, settings)
-    train(trainer, settings, "grpo")
-    return finish(trainer, loaded, settings, "grpo", config.output_dir)
+    with claimed(config.output_dir):
+        final = begin("stage 2: R-GRPO", settings, "grpo")
+        if final is not None:
+            return final
+        start = config.sft_checkpoint or settings.model.model_name
+        loaded = load_for_training(settings.model, settings.data, config, start)
+        trainer = build_trainer(loaded, settings)
+        train(trainer, settings, "grpo")
+        return finish(trainer, loaded, settings, "grpo", config.output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,6 +25,8 @@ from architecture import Architecture
 from checkpoints import (
     StoppedError,
     checkpoints_in,
+    checksum,
+    claimed,
     full_disk_reported,
     newest_whole,
     remove_leftovers,
@@ -32,7 +34,7 @@ from checkpoints import (
 )
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
 from memory_model import out_of_memory_message, run_of
-from model_utils import LoadedModel, save_final_model
+from model_utils import LoadedModel, save_final_model, weights_digest
 from resuming import StopOnSignal
 from sharding import zero_stage
 from traces import write_whole
@@ -43,7 +45,7 @@ from visualize import plot_training_curves
 # 5.17, on which this also runs.
 warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated")
 
-LOG_FILE = "training_log.json"
+LOG_FILE, ORIGIN_FILE = "training_log.json", "started_from.json"
 CURVES_FILE = "training_curves.png"
 SHARED_ARGUMENTS = (
     *("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -122,6 +124,11 @@ def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
     for later in (settings.sft, settings.grpo):
         if later is not None:
             check_trackers(later.trl.get("report_to"))
+    if stage == "sft" and settings.grpo is not None:
+        with claimed(settings.grpo.output_dir):  # that it can be is better known now than after stage 1
+            pass
+    if config.resume:
+        check_origin(settings, stage)
     log = Path(config.output_dir, LOG_FILE)
     final = Path(config.output_dir, "final_model")
     if not (config.resume and log.is_file() and final.is_dir()):
@@ -131,6 +138,34 @@ def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
     if is_main_process():
         print(f"{final} was made with the same settings: nothing to do (--resume false trains it anew)")
     return final
+
+
+def origin(settings: TrainingSettings, stage: str) -> dict[str, Any]:
+    """What a run began from, beside its settings: the model it trains, by its weights, and its data."""
+    config = getattr(settings, stage)
+    start = getattr(config, "sft_checkpoint", None) or settings.model.model_name
+    data = settings.data.train_data
+    return {"model": [start, weights_digest(start)], "data": [data, checksum(data)]}
+
+
+def check_origin(settings: TrainingSettings, stage: str) -> None:
+    """Say where the data have changed since the run in the output folder began.
+
+    Raises:
+        SettingsError: where the model that it began from has other weights now, as after another SFT.
+    """
+    output = Path(getattr(settings, stage).output_dir)
+    if not (output / ORIGIN_FILE).is_file() or not (checkpoints_in(output) or (output / "final_model").is_dir()):
+        return
+    before, now = json.loads((output / ORIGIN_FILE).read_text(encoding="utf-8")), origin(settings, stage)
+    (start, weights), (data, _) = now["model"], now["data"]
+    if before["model"][0] == start and before["model"][1] != weights:
+        raise SettingsError(
+            f"{start} has other weights now than when the run in {output} began from it: give another output folder, "
+            f"or --{stage}_resume false to start anew"
+        )
+    if before["data"][0] == data and before["data"][1] != now["data"][1] and is_main_process():
+        print(f"WARNING: {data} has changed since the run in {output} began")
 
 
 def _check_precision(config: StageConfig) -> None:
@@ -190,6 +225,9 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
         if not config.resume:
             _set_earlier_run_aside(output)
     checkpoint = find_checkpoint(output, say) if config.resume else None
+    if checkpoint is None and is_main_process():
+        with full_disk_reported(output, ORIGIN_FILE):
+            write_whole(output / ORIGIN_FILE, (json.dumps(origin(settings, stage)) + "\n").encode())
     stop = StopOnSignal()
     trainer.add_callback(stop)
     try:

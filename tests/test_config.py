@@ -246,10 +246,12 @@ def test_a_field_of_trl_that_would_break_the_data_is_refused(name, capsys):
     assert message in refused(capsys, f"--{name}", "true", stages=("sft",))
 
 
-@pytest.mark.parametrize("name", ["vllm_tensor_parallel_size", "vllm_server_host", "trust_remote_code"])
-def test_a_field_of_trl_whose_work_our_own_code_does_is_refused(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "value"), [("vllm_tensor_parallel_size", "4"), ("vllm_server_host", "4"), ("trust_remote_code", "true")]
+)
+def test_a_field_of_trl_whose_work_our_own_code_does_is_refused(name, value, capsys):
     message = f"grpo: {name} is set by this project and cannot be passed on to TRL"
-    assert message in refused(capsys, f"--{name}", "4", stages=("grpo",))
+    assert message in refused(capsys, f"--{name}", value, stages=("grpo",))
 
 
 # --------------------------------------------------------------------------------------- contradictions
@@ -282,6 +284,13 @@ def test_a_field_of_trl_whose_work_our_own_code_does_is_refused(name, capsys):
         (["--learning_rate", "0"], "sft: learning_rate is 0.0, but it must be over 0"),
         (["--learning_rate", "nan"], "sft: learning_rate is nan, but it must be over 0"),
         (["--num_epochs", "0"], "sft: num_train_epochs is 0.0, but it must be over 0"),
+        (["--max_steps", "2.5"], "max_steps is 2.5, but it must be a whole number"),
+        (["--max_steps"], "max_steps is true, but it must be a number"),
+        (["--max_grad_norm", "high"], "max_grad_norm is 'high', but it must be a number"),
+        (
+            ["--sft_output_dir", "o", "--grpo_output_dir", "./o"],
+            "output_dir is ./o in both stages: give --sft_output_dir",
+        ),
         (["--max_length", "0"], "max_length is 0, but it must be at least 1"),
         (["--num_proc", "0"], "num_proc is 0, but it must be at least 1"),
         (["--train_data", "none.jsonl"], "train_data is none.jsonl, but there is no such file"),

@@ -123,7 +123,8 @@ def test_both_stages_run_on_two_processes_and_only_the_first_speaks(base_folder,
         load_for_inference(InferenceConfig(str(tmp_path / stage / "final_model")))
         left = {path.name for path in (tmp_path / stage).iterdir()}
         assert left == {
-            *("final_model", "training_log.json", "training_curves.png", "checkpoint-1", "checkpoint-2"),
+            *("final_model", "started_from.json", "training_log.json", "training_curves.png"),
+            *("checkpoint-1", "checkpoint-2"),
             *(("rollouts",) if stage == "grpo" else ()),
         }
         assert (tmp_path / stage / "checkpoint-2/crop_contract.json").is_file()

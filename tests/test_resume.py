@@ -22,6 +22,7 @@ from checkpoints import (
     MANIFEST_FILE,
     StoppedError,
     checkpoints_in,
+    claimed,
     fault_of,
     full_disk_reported,
     newest_whole,
@@ -31,7 +32,7 @@ from checkpoints import (
 from config import SettingsError
 from crop_tool import CropContract
 from resuming import StopOnSignal
-from training import begin, exit_with_message, find_checkpoint, finish, train
+from training import ORIGIN_FILE, begin, exit_with_message, find_checkpoint, finish, train
 
 ROOT = Path(__file__).parent.parent
 # What a clock or the machine says, not the run.
@@ -198,6 +199,28 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def test_an_output_folder_has_one_run_at_a_time(tmp_path):
+    hold = "import sys; from checkpoints import claimed\nwith claimed(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    folder = tmp_path / "new/run"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, folder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(SettingsError, match="where another run is at work: wait for its end"), claimed(folder):
+            pass
+        other.kill()
+    with claimed(folder):  # what a killed run leaves is in nobody's way
+        pass
+    assert not list(folder.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(SettingsError, match=r"output_dir is .*, which cannot be written to \("), claimed(folder):
+            pass
+
+
 def test_a_checkpoint_is_put_in_place_with_a_manifest_and_nothing_is_left_beside_it(tmp_path):
     checkpoint = checkpoint_of(tmp_path, 10)
     assert fault_of(checkpoint) is None
@@ -319,7 +342,7 @@ def small_disk(tmp_path):
 
 
 def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != "README.md")  # TRL's
+    return sorted(path.name for path in folder.iterdir() if path.name != ORIGIN_FILE)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount here")

@@ -415,6 +415,33 @@ def test_finished_stage_is_not_trained_again_and_another_runs_checkpoint_is_refu
     assert "resuming from" in capsys.readouterr().out
 
 
+def test_a_stage_is_not_taken_for_finished_when_its_model_was_trained_again(base_folder, data_folder, tmp_path, capsys):
+    sft = settings_for("sft", base_folder, data_folder, tmp_path / "sft", max_steps=1)
+    start = str(train_sft.run_sft(sft))
+    given = {"sft_checkpoint": start, "max_steps": 1, "watch_every": 0}
+    grpo = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", **given)
+    final = train_grpo.run_grpo(grpo)
+    assert train_grpo.run_grpo(grpo) == final
+    train_sft.run_sft(settings_for("sft", base_folder, data_folder, tmp_path / "sft", max_steps=2))
+    with pytest.raises(SettingsError, match=r"sft/final_model has other weights now .* --grpo_resume false"):
+        train_grpo.run_grpo(grpo)
+    anew = settings_for("grpo", base_folder, data_folder, tmp_path / "grpo", resume=False, **given)
+    assert train_grpo.run_grpo(anew) == train_grpo.run_grpo(grpo) == final
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_data_that_changed_since_a_run_began_are_pointed_out(base_folder, data_folder, tmp_path, capsys):
+    folder = shutil.copytree(data_folder, tmp_path / "data")
+    settings = settings_for("sft", base_folder, folder, tmp_path / "run", max_steps=1)
+    train_sft.run_sft(settings)
+    with open(settings.data.train_data, "ab") as file:
+        file.write(b"\n")
+    train_sft.run_sft(settings)
+    said = capsys.readouterr().out
+    assert f"WARNING: {settings.data.train_data} has changed since the run in {tmp_path / 'run'} began" in said
+    assert "nothing to do" in said
+
+
 def test_save_steps_or_eval_steps_alone_decides_both(base_folder, data_folder, tmp_path):
     """transformers wants the best checkpoint evaluated: it refuses save_steps that eval_steps does not divide."""
     for flags, expected in (
