@@ -32,15 +32,28 @@ from config import (
     trl_fields,
 )
 
+NO_FLAG = "every setting is a --flag, and a value with spaces in it stands in quotes"
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For `sys.excepthook`: Ctrl-C, while libraries load too, ends a command with a line in place of a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
 
 class CommandParser(argparse.ArgumentParser):
     """Flags are given whole, and for one that there is not the nearest is named."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
+        sys.excepthook = end_quietly
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         options, rest = self.parse_known_args(args, namespace)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"unexpected argument {rest[0]!r}: {NO_FLAG}")
         if rest:
             flag = rest[0].partition("=")[0]
             self.error(f"unknown flag {flag}.{nearest(flag, self._option_string_actions)}")
@@ -76,7 +89,7 @@ def parse_pass_through(rest: list[str]) -> dict[str, Any]:
     position = 0
     while position < len(rest):
         flag = rest[position]
-        require(flag.startswith("--"), f"unexpected argument {flag!r}: every setting is a --flag")
+        require(flag.startswith("--"), f"unexpected argument {flag!r}: {NO_FLAG}")
         name, equals, text = flag[2:].partition("=")
         position += 1
         if not equals:

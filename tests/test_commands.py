@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -225,3 +226,17 @@ def test_a_mistyped_flag_is_named_with_the_nearest_one(command, wrong, right):
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert f"unknown flag {wrong}. Did you mean '{right}'?" in done.stderr
+
+
+def test_an_unquoted_path_with_spaces_is_explained():
+    done = subprocess.run(
+        [sys.executable, ROOT / "data_utils.py", "--check", "my", "data/train.jsonl"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "unexpected argument 'data/train.jsonl': every setting is a --flag, and a value with spaces" in done.stderr
+
+
+def test_ctrl_c_while_libraries_load_is_one_line():
+    code = "import command_line; command_line.CommandParser(); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "-c: stopped by Ctrl-C\n")
