@@ -257,6 +257,8 @@ class InferenceConfig:
     device: str = setting("auto", "cuda, cpu, ...; auto: a GPU where there is one")
 
     def __post_init__(self) -> None:
+        for name, hint in own_fields(InferenceConfig).items():  # made from Python there was no command line to check it
+            object.__setattr__(self, name, convert(name, getattr(self, name), hint))
         check_server(self.vllm_server, self.backend == "vllm", "--backend vllm")
         require(
             self.backend == "engine" or (self.device == "auto" and self.attn_implementation == "auto"),
@@ -496,6 +498,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             raise SettingsError(f"{name} is {value!r}, but it must be a number") from None
         require(hint is float or number.is_integer(), f"{name} is {value!r}, but it must be a whole number")
         return hint(number)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     require(isinstance(value, str), f"{name} is {value!r}, but it must be text")
     return value
 

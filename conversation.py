@@ -62,6 +62,10 @@ def load_image(source: str | Path | Image.Image, base: str | Path | None = None)
     """
     if isinstance(source, Image.Image):
         return _as_rgb(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"the image is a {type(source).__name__}, but it must be a PIL image, a path, a URL or a data URI"
+        )
     text = str(source)
     is_path = not text.startswith(("http://", "https://", "data:image"))
     path = resolve_image_path(text, base) if is_path else None

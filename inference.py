@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import CommandParser, add_flags
-from config import InferenceConfig, SettingsError, build
+from config import InferenceConfig, SettingsError, build, require_apart
 from conversation import Prompt, Renderer, load_image, refuse_reserved
 from crop_tool import CALL_CLOSE, ToolCall
 from patience import OutageError
@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         config = build(InferenceConfig, flags)
+        for name, output in {"output_json": output_json, "save_trace": trace}.items():
+            require_apart(name, output, image_path, "the image")
         image = load_image(image_path)
         for question in questions:
             check_question(question)

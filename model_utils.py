@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, Qwen2_5_VLProcessor
+
+# transformers 5.23 renames the field, and the methods that TRL and peft call; the new names do not exist in 5.17, on
+# which this also runs.
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated")
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +118,9 @@ def _is_local(path: str) -> bool:
 def _require_exists(path: str) -> None:
     if _is_local(path) and not Path(path).is_dir():
         raise SettingsError(f"there is no model at {path}: give a folder with weights or a hub name (owner/name)")
+    is_model = any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json"))
+    if Path(path, "final_model").is_dir() and not is_model:
+        raise SettingsError(f"{path} is the output folder of a training: its model is {Path(path, 'final_model')}")
 
 
 def add_tool_tokens(model: PreTrainedModel, processor: Qwen2_5_VLProcessor, use_lora: bool) -> None:
@@ -335,6 +343,11 @@ def load_for_inference(config: InferenceConfig) -> LoadedModel:
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"device is {device}, but torch sees no GPU here: leave it out, or give cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of no such kind, of none here, or of none with that number
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"device is {device}, which torch cannot use here: {reason}") from None
     dtype = inference_dtype(config, device)
     on_adapter = is_adapter(config.model_path)
     base = base_model_of(config.model_path) if on_adapter else config.model_path
@@ -430,6 +443,7 @@ def merge_adapter(adapter: str, output: str, dtype: str | None = None) -> Merge:
         SettingsError: for what is no adapter, where `output` holds something, and where the merged weights do not
             answer as the adapter does.
     """
+    _require_exists(adapter)
     if not is_adapter(adapter):
         raise SettingsError(f"{adapter} holds no adapter (no adapter_config.json): there is nothing to merge")
     _require_empty(output)

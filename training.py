@@ -9,7 +9,6 @@ import json
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,6 @@ from sharding import zero_stage
 from traces import write_whole
 from trackers import check_trackers
 from visualize import plot_training_curves
-
-# transformers 5.23 renames the field, and the methods that TRL calls at every step; the new names do not exist in
-# 5.17, on which this also runs.
-warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated")
 
 LOG_FILE, ORIGIN_FILE = "training_log.json", "started_from.json"
 CURVES_FILE = "training_curves.png"

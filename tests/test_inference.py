@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,11 +105,31 @@ def test_images_and_questions_must_pair_up(answering, picture):
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, but it must be a whole number"),
+        ({"dtype": "int8"}, "dtype is 'int8', but it must be one of auto, float32"),
+        ({"model_path": None}, "model_path is None, but it must be text"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         InferenceConfig(**setting)
+
+
+def test_settings_made_in_python_are_converted_as_those_of_the_command_line():
+    config = InferenceConfig(Path("outputs/model"), temperature="0.5", max_crops="3")
+    assert (config.model_path, config.temperature, config.max_crops) == ("outputs/model", 0.5, 3)
+
+
+@pytest.mark.parametrize("image", [None, b"\x89PNG", [[[0, 0, 0]]]])
+def test_what_is_no_image_is_named_by_its_type(answering, image):
+    with pytest.raises(ValueError, match=f"the image is a {type(image).__name__}, but it must be a PIL image, a path"):
+        answering.generate(image, QUESTION)
+
+
+def test_a_training_output_folder_leads_to_its_model(base_folder, tmp_path):
+    (tmp_path / "final_model").mkdir()
+    with pytest.raises(SettingsError, match=r"is the output folder of a training: its model is .*/final_model"):
+        QwenVLInference(InferenceConfig(tmp_path))
 
 
 def test_command_writes_json_and_trace_and_takes_follow_ups(base_folder, picture, tmp_path, capsys):
@@ -136,6 +157,18 @@ def test_command_writes_json_and_trace_and_takes_follow_ups(base_folder, picture
             "there is no model at /gone/model",
         ),
         (["--image_path", "{picture}", "--question", "a <|image_pad|>"], "reserved token"),
+        (
+            ["--image_path", "{picture}", "--question", "a", "--output_json", "{picture}"],
+            "the image itself",
+        ),
+        (
+            ["--image_path", "{picture}", "--question", "a", "--save_trace", "{picture}"],
+            "the image itself",
+        ),
+        (
+            ["--image_path", "{picture}", "--question", "a", "--device", "tpu"],
+            "device is tpu, which torch cannot",
+        ),
         (["--image_path", "{picture}", "--question", " "], "the question is ' ', but it must be text"),
         (["--image_path", "{picture}", "--question", "a", "--top_k", "x"], "top_k is 'x', but it must be a number"),
         pytest.param(
