@@ -118,7 +118,7 @@ def _gather(kind: str, made: Iterable[Question | str]) -> QuestionSet:
     items = list(made)
     questions = tuple(item for item in items if isinstance(item, Question))
     faults = tuple(item for item in items if isinstance(item, str))
-    require(bool(questions), f"{kind}: no question could be read. {'; '.join(faults[:3])}")
+    require(bool(questions), f"{kind}: no question could be read: {'; '.join(faults[:3]) or 'there is none'}")
     return QuestionSet(kind, questions, faults)
 
 
@@ -154,12 +154,16 @@ def _jsonl(path: Path, base: str | Path, answer_key: str) -> QuestionSet:
 def _jsonl_row(line: int, raw: bytes, base: str | Path, answer_key: str) -> Iterator[Question | str]:
     try:
         row = json.loads(raw.decode("utf-8-sig"))
-        image_path, entries = row["image_path"], list(row["QnA"])
+        image_path, entries = row["image_path"], row["QnA"]
+        if not isinstance(entries, list):
+            raise ValueError(f"'QnA' must be a list, this is {entries!r:.40}")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         yield f"line {line}: {type(error).__name__}: {error}"
         return
     for number, entry in enumerate(entries):
         try:
+            if not isinstance(entry, dict):
+                raise ValueError(f"a QnA entry must be an object, this is {entry!r:.40}")
             for key in ("Q", answer_key):
                 if entry[key] is None or not str(entry[key]).strip():
                     raise ValueError(f"{key!r} is empty")

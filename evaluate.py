@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark_data import Question, QuestionSet, read_questions
 from command_line import CommandParser, add_flags
-from config import ABLATIONS, EvaluationConfig, SettingsError, build
+from config import ABLATIONS, EvaluationConfig, SettingsError, build, require
 from crop_tool import CropContract, cut_crop
 from judge import Judge
 from measures import (
@@ -49,6 +49,7 @@ ANSWERS, RESULTS, REPORT = "answers.jsonl", "results.json", "report.html"
 ROUNDS = 8  # batches that one call of the engine gets, so that places which fall free are filled again
 MAX_PIXELS = 2**28  # of original images held at a time
 # Settings that decide what is answered; a file of answers belongs to one choice of them.
+DIGESTED = {"model": "model (other weights)", "data": "data (other questions: the file, or --limit)"}
 DECISIVE = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "max_crops", "seed", "dtype")
 
 
@@ -161,7 +162,9 @@ def read_answers(path: Path, settings: dict[str, Any]) -> tuple[list[Answer], Cr
         raise SettingsError(f"{path} is no file of answers ({type(error).__name__}: {error}): {anew}") from None
     differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
-        changed = ", ".join(f"{name} ({before.get(name)} -> {settings[name]})" for name in differing)
+        said = {name: f"{name} ({before.get(name)} -> {settings[name]})" for name in differing}
+        said |= {name: text for name, text in DIGESTED.items() if name in said}
+        changed = ", ".join(said.values())
         raise SettingsError(f"{path} has answers of other settings: {changed}. So {anew}")
     return answers, contract
 
@@ -177,6 +180,7 @@ def evaluate(config: EvaluationConfig, progress: bool = False) -> dict[str, Any]
     """
     known = read_questions(config.data, config.image_base_path, config.answer_key, config.split).limited(config.limit)
     folder = Path(config.output)
+    require(not folder.is_file(), f"output is {folder}, which is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     settings, path = run_settings(config, known), folder / ANSWERS
     if not config.resume:

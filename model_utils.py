@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -519,6 +520,7 @@ def push_to_hub(folder: str, repository: str, public: bool = False) -> str:
     Raises:
         SettingsError: where the hub refuses.
     """
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -526,10 +528,11 @@ def push_to_hub(folder: str, repository: str, public: bool = False) -> str:
         hub = HfApi()
         address = hub.create_repo(repository, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged weights")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, HTTPError, OSError) as error:
+        upload = ["hf", "upload", repository, folder, *([] if public else ["--private"])]
         raise SettingsError(
             f"{folder} is written, but could not be uploaded to {repository}: {error}. Log in with `hf auth login` and "
-            f"a token that may write, then: hf upload {repository} {folder}{'' if public else ' --private'}"
+            f"a token that may write, then: {shlex.join(upload)}"
         ) from None
     return str(address)
 
@@ -557,6 +560,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"uploaded to {push_to_hub(options.output, options.push_to_hub, options.public)}")
     except SettingsError as error:
         parser.exit(2, f"model_utils.py: {error}\n")
+    except OSError as error:  # a full disk, a folder that cannot be written there
+        parser.exit(1, f"model_utils.py: {error}\n")
 
 
 if __name__ == "__main__":

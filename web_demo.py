@@ -9,6 +9,7 @@ the length of the queue and the questions of each client.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from command_line import CommandParser, add_flags
-from config import SettingsError, WebConfig, build, require
+from config import SettingsError, WebConfig, build
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +100,7 @@ def served(inference: QwenVLInference, config: WebConfig) -> Iterator[str]:
         web_page = import_page()
         from starlette.middleware import Middleware
 
-        require(_is_free(config.host, config.port), f"port {config.port} of {config.host} is not free: give --port")
+        _require_free(config.host, config.port)
         page = web_page.Page(inference, config, folder)
         largest = config.max_upload_mb * 2**20
         bounds = Middleware(Bounds, largest=largest + MARGIN, uploads=web_page.Allowance(config.questions_per_minute))
@@ -130,14 +131,15 @@ def served(inference: QwenVLInference, config: WebConfig) -> Iterator[str]:
             page.blocks.close(verbose=False)
 
 
-def _is_free(host: str, port: int) -> bool:
+def _require_free(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            is_taken = error.errno == errno.EADDRINUSE
+            reason = "is not free: give --port" if is_taken else f"cannot be listened on: {error.strerror}"
+            raise SettingsError(f"port {port} of {host} {reason}") from None
 
 
 def _parser() -> CommandParser:

@@ -291,12 +291,16 @@ def test_science_qa_asks_the_questions_with_an_image(science_qa):
         ("missing", "data is .*missing, but there is no such file or folder"),
         ("empty", r"which holds none of: direct_attributes.*hr_bench_4k.tsv.*TextVQA_0.5.1_val.json.*problems.json"),
         ("list.txt", r"a file must be a .jsonl, or HR-Bench's .tsv"),
-        ("nothing.jsonl", "JSONL: no question could be read"),
+        ("nothing.jsonl", "JSONL: no question could be read: there is none"),
+        ("text.jsonl", "line 1: ValueError: 'QnA' must be a list, this is 'abc'"),
+        ("texts.jsonl", r"line 1, QnA\[0\]: ValueError: a QnA entry must be an object, this is 'abc'"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").touch()
     (tmp_path / "nothing.jsonl").touch()
+    for given, entries in (("text.jsonl", "abc"), ("texts.jsonl", ["abc"])):
+        (tmp_path / given).write_text(json.dumps({"image_path": "a.png", "QnA": entries}))
     with pytest.raises(SettingsError, match=message):
         read_questions(tmp_path / name)

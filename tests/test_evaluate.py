@@ -176,7 +176,7 @@ def test_kill_9_loses_no_finished_answer(config, tmp_path):
         ({"temperature": 0.5}, r"temperature \(0.0 -> 0.5\)"),
         ({"max_new_tokens": 13}, r"max_new_tokens \(12 -> 13\)"),
         ({"seed": 4}, r"seed \(0 -> 4\)"),
-        ({"limit": 3}, "data "),
+        ({"limit": 3}, r"data \(other questions: the file, or --limit\)"),
     ],
 )
 def test_other_settings_are_refused_and_can_start_anew(config, change, named):
@@ -197,7 +197,7 @@ def test_other_weights_in_the_same_folder_are_refused(config, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(SettingsError, match="answers of other settings: model "):
+    with pytest.raises(SettingsError, match=r"answers of other settings: model \(other weights\)\. "):
         evaluate(config)
 
 

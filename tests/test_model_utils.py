@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from PIL import Image
@@ -347,6 +348,23 @@ def test_an_upload_that_the_hub_refuses_leaves_the_merged_model_and_says_what_to
     assert "is written, but could not be uploaded to me/crops" in err
     assert err.endswith(f"then: hf upload me/crops {tmp_path / 'merged'} --private\n")
     assert infer(tmp_path / "merged").model is not None
+
+
+def test_a_hub_out_of_reach_and_a_folder_that_cannot_be_made_end_the_merge_in_one_line(
+    adapter, tmp_path, monkeypatch, capsys
+):
+    def unreachable(*_, **__):
+        raise httpx2.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    with pytest.raises(SystemExit):
+        model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "my model"), "--push_to_hub", "me/crops"])
+    assert f"then: hf upload me/crops '{tmp_path / 'my model'}' --private\n" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        model_utils.main(["--merge", adapter[0], "--output", str(tmp_path / "file/model")])
+    assert stop.value.code == 1
+    assert "model_utils.py: [Errno 20] Not a directory: " in capsys.readouterr().err
 
 
 def test_a_card_names_no_address_and_no_judge_that_was_not_there():

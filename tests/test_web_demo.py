@@ -325,6 +325,11 @@ def test_a_port_that_is_taken_is_named(base_folder, capsys):
     assert f"port {port} of 127.0.0.1 is not free" in capsys.readouterr().err
 
 
+def test_a_host_that_is_none_here_is_named():
+    with pytest.raises(SettingsError, match=r"port 7860 of host\.invalid cannot be listened on: "):
+        web_demo._require_free("host.invalid", 7860)
+
+
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "web_page", raising=False)
