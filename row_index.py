@@ -10,7 +10,11 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections import ChainMap, deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from config import DataConfig, SettingsError, is_main_process
-from conversation import Renderer
+from conversation import Renderer, load_image, show_image
+from crop_tool import CropContract
 from data_check import (
     MAX_LINE_BYTES,
     Checker,
@@ -33,11 +38,13 @@ from data_check import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 FULL_CHECK_ROWS = 10_000  # data_check=auto: longer files are checked row by row as they are drawn
 PROBED_ROWS = 32
 MOST_IN_A_ROW = 100  # faulty rows drawn behind each other
 MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
+THREADS = 4  # that read images
 CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
 
 
@@ -148,6 +155,41 @@ def _probe(table: Dataset, checker: Checker, bad_rows_file: str) -> None:
 # ------------------------------------------------------------------------------------------------- draw
 
 
+class ImagesAhead:
+    """The original and the shown image behind a path; read in threads, ahead of the step, where it was announced.
+
+    Pillow decodes and resizes without Python's lock. Kept are the images of the last two announcements: of the batch
+    that is worked on, and of the next.
+    """
+
+    def __init__(self, base: str, contract: CropContract) -> None:
+        self.base, self.contract = base, contract
+        self._announced: deque[dict[str, Future]] = deque(maxlen=2)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(THREADS, "images ahead")
+
+    def announce(self, paths: Iterable[str]) -> None:
+        batch = dict.fromkeys(paths)
+        if self._announced and self._announced[-1].keys() == batch.keys():  # the same rollouts, for a further step
+            return
+        known = ChainMap(*self._announced)
+        self._announced.append({path: known.get(path) or self._threads.submit(self._read, path) for path in batch})
+
+    def original(self, path: str) -> Image.Image:
+        return self(path)[0]
+
+    def __call__(self, path: str) -> tuple[Image.Image, Image.Image]:
+        """Raises as `load_image` and `show_image` do."""
+        found = ChainMap(*self._announced).get(path)
+        return found.result() if found else self._read(path)
+
+    def _read(self, path: str) -> tuple[Image.Image, Image.Image]:
+        original = load_image(path, self.base)
+        return original, show_image(original, self.contract)
+
+
 class SoundRows:
     """Rows as drawn -> checked rows; for a faulty one a sound row from anywhere in the file.
 
@@ -157,8 +199,20 @@ class SoundRows:
 
     def __init__(self, table: Dataset, checker: Checker) -> None:
         """table: what `load_training_rows` gives."""
-        self.table, self.checker = table, checker
+        self.table = table
+        self.images = ImagesAhead(checker.data.image_base_path, checker.contract)
+        self.checker = replace(checker, load=self.images.original)
         self.is_checked = "response" in table.column_names
+
+    def announce(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Begin to read the images of rows that come next; returns the rows, since it collates a loader's batches."""
+        from torch.utils.data import get_worker_info
+
+        if get_worker_info() is None:  # from a worker the images would not reach the trainer
+            offsets = dict.fromkeys(row["offset"] for row in rows)
+            paths = [row["image_path"] for row in rows] if self.is_checked else map(self.checker.image_path, offsets)
+            self.images.announce(path for path in paths if path is not None)
+        return rows
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A row for each of `rows`, with the columns of `Checked`; and what was wrong with those that were passed over.

@@ -109,7 +109,6 @@ def build_trainer(
         ),
         rows=rows,
         fault_logs={"train": FaultLog(data.train_data, bad_rows, names=is_main_process())},
-        image_base=data.image_base_path,
         judge=Judge(config) if config.judge_url else None,
         on_rollouts=RolloutKeeper(keep, data.image_base_path, start) if keep else None,
     )

@@ -25,7 +25,7 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from config import SettingsError
-from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
+from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens
 from crop_tool import resolve_box
 from data_check import as_example
 from decoding import Decoder
@@ -168,18 +168,18 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         engine: Engine,
         sampling: SamplingParams,
         rows: SoundRows,
-        image_base: str,
         judge: Judge | None = None,
         on_rollouts: Callable[[CropGRPOTrainer, range, list[ScoredRollout]], None] | None = None,
         **kwargs: Any,
     ):
-        self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
+        self.engine, self.sampling, self.judge = engine, sampling, judge
         self.rows, self.on_rollouts = rows, on_rollouts
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
         self._batch_references: list[Reference] = []
         self._batch_keys: list[Row] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        self.data_collator = rows.announce  # called for a batch while the one before it is trained on
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
             self.use_vllm, self.vllm_generation, self._last_loaded_step = True, engine, -1
             engine.gathered = partial(whole_weights, self)
@@ -365,17 +365,17 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             places[row["line"], row["entry"]].append(place)
         examples = [as_example(self._batch_rows[group[0]]) for group in places.values()]
         with shared_outage():
-            originals = [self._image(example) for example in examples]
-        renderer = self.engine.renderer
+            images = [self._images(example) for example in examples]
         prompts = [
-            renderer.prompt(example.question, original) for example, original in zip(examples, originals, strict=True)
+            self.engine.renderer.prompt(example.question, original, shown)
+            for example, (original, shown) in zip(examples, images, strict=True)
         ]
         # In the precision in which the rollouts will be scored.
         with shared_outage(), self.weights_for_rollouts(), self.accelerator.autocast():
             counts = [len(group) for group in places.values()]
             rollouts = iter(self.engine.generate(prompts, self.sampling, counts, keep_features=self.keeps_features))
         found: dict[int, tuple[Rollout, Reference]] = {}
-        for example, original, group in zip(examples, originals, places.values(), strict=True):
+        for example, (original, _), group in zip(examples, images, places.values(), strict=True):
             reference = self._reference(example, original.size)
             found |= {place: (next(rollouts), reference) for place in group}
         pairs = [found[place] for place in range(len(self._batch_rows))]
@@ -399,9 +399,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         """Whole weights, where our engine decodes with them; vLLM has its own."""
         return nullcontext() if self.use_vllm else whole_weights(self)
 
-    def _image(self, example: Example) -> Image.Image:
+    def _images(self, example: Example) -> tuple[Image.Image, Image.Image]:
+        """Original and shown."""
         try:
-            return load_image(example.image_path, self.image_base)
+            return self.rows.images(example.image_path)
         except ValueError as error:  # it was sound when the data were checked
             raise OutageError(f"{example.name}: {error}") from None
 

@@ -250,15 +250,15 @@ def test_an_image_that_goes_after_the_check_stops_rgrpo_with_a_checkpoint_and_it
     flags = {"max_steps": 3, "save_steps": 100}
     settings = settings_for("grpo", base_folder, tmp_path / "data", tmp_path / "cut", **flags)
     _, trainer = grpo_trainer(settings, (length_part(),))
-    load = trainer._image
+    announce = trainer.rows.images.announce
 
-    def gone(example):
-        if trainer.state.global_step == 1 and (tmp_path / "data/images").is_dir():
+    def gone(paths):
+        if trainer.state.global_step == 1:  # the third batch is asked for before the second step
             (tmp_path / "data/images").rename(tmp_path / "data/moved")
-        return load(example)
+        announce(paths)
 
-    trainer._image = gone
-    with pytest.raises(StoppedError, match=r"line \d+, QnA\[\d\]: missing image .*checkpoint-1 is saved"):
+    trainer.rows.images.announce = gone
+    with pytest.raises(StoppedError, match=r"line \d+, QnA\[\d\]: missing image .*checkpoint-2 is saved"):
         train(trainer, settings, "grpo")
     (tmp_path / "data/moved").rename(tmp_path / "data/images")
     trained = []

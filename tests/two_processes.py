@@ -226,14 +226,14 @@ class Group:
         def run(name: str, misses: bool = False) -> dict[str, Any]:
             settings = self.settings("grpo", name, max_steps=3, save_strategy="steps", save_steps=100)
             _, trainer = self.grpo_trainer(settings)
-            load = trainer._image
+            load = trainer._images
 
             def image(example: Any) -> Any:
                 if misses and RANK == 1 and trainer.state.global_step == 1:
                     raise OutageError(f"{example.name}: missing image")
                 return load(example)
 
-            trainer._image = image
+            trainer._images = image
             try:
                 train(trainer, settings, "grpo")
             except StoppedError as stopped:
