@@ -35,6 +35,7 @@ from data_check import (
     over_parts,
     refuse_changed,
 )
+from patience import OutageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 FULL_CHECK_ROWS = 10_000  # data_check=auto: longer files are checked row by row as they are drawn
 PROBED_ROWS = 32
 MOST_IN_A_ROW = 100  # faulty rows drawn behind each other
-MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
+RECENT = 100  # drawn rows
+MOST_FAULTY = 0.5  # share of them over which the file, a disk or a setting, not a row, is taken to be wrong
 THREADS = 4  # that read images
 CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
 
@@ -218,7 +220,7 @@ class SoundRows:
         """A row for each of `rows`, with the columns of `Checked`; and what was wrong with those that were passed over.
 
         Raises:
-            SettingsError: where many rows drawn behind each other are faulty.
+            OutageError: where many rows drawn behind each other are faulty.
         """
         if self.is_checked:
             return [dict(row) for row in rows], []
@@ -239,10 +241,7 @@ class SoundRows:
             faults.append(vars(checked))
             row = self.table[dice.randrange(len(self.table))]
         path = self.checker.data.train_data
-        raise SettingsError(
-            f"{MOST_IN_A_ROW} rows drawn from {path} were all faulty, the last: "
-            f"{describe_faults(faults[-1:], most=1)[0]}. Run data_utils.py --check {path} to see all"
-        )
+        raise OutageError(f"{MOST_IN_A_ROW} rows drawn from {path} were all faulty, {_last(faults, path)}")
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -259,6 +258,7 @@ class FaultLog:
     def __init__(self, path: str, bad_rows_file: str, most_named: int = 100, names: bool = True) -> None:
         self.path, self.bad_rows_file, self.most_named, self.names = path, bad_rows_file, most_named, names
         self._state = self._file_state()
+        self._recent: deque[tuple[int, int]] = deque()  # drawn and faulty rows of the last batches
         self.drawn = self.skipped = 0
         self.known: set[tuple[int, int, str]] = set()
         if os.path.exists(bad_rows_file) and os.path.samefile(path, bad_rows_file):
@@ -268,10 +268,10 @@ class FaultLog:
         """Take down `faults` (line, entry, offset, fault) among so many drawn rows.
 
         Raises:
-            SettingsError: where over half of a hundred or more drawn rows were faulty, or the file was changed.
+            OutageError: where over half of the last hundred drawn rows were faulty, or the file was changed.
         """
         if self._file_state() != self._state:
-            raise SettingsError(f"{self.path} was changed while it is trained on: start again, or put it back")
+            raise OutageError(f"{self.path} was changed while it is trained on: put back what it was")
         self.drawn += drawn
         self.skipped += len(faults)
         for row in faults:
@@ -284,11 +284,14 @@ class FaultLog:
             if len(self.known) <= self.most_named:
                 print(f"{self.path}: skipped {describe_faults([row], most=1)[0].strip()}", flush=True)
             self._keep(row["offset"])
-        if self.drawn >= 100 and self.skipped > MOST_FAULTY * self.drawn:
-            raise SettingsError(
-                f"{self.skipped} of {self.drawn} rows drawn from {self.path} were faulty: run data_utils.py --check "
-                f"{self.path} to see all"
-            )
+        self._recent.append((drawn, len(faults)))
+        count, faulty = map(sum, zip(*self._recent, strict=True))
+        while count - self._recent[0][0] >= RECENT:
+            oldest = self._recent.popleft()
+            count, faulty = count - oldest[0], faulty - oldest[1]
+        if count >= RECENT and faulty > MOST_FAULTY * count:
+            reason = f"{faulty} of the last {count} rows drawn from {self.path} were faulty"
+            raise OutageError(f"{reason}, {_last(faults, self.path)}")
 
     def _file_state(self) -> tuple[int, int]:
         about = os.stat(self.path)
@@ -299,3 +302,8 @@ class FaultLog:
         with open(self.path, "rb") as source, open(self.bad_rows_file, "ab") as target:
             source.seek(offset)
             copy_line(source, target)
+
+
+def _last(faults: list[dict[str, Any]], path: str) -> str:
+    fault = describe_faults(faults[-1:], most=1)[0].strip()
+    return f"the last: {fault} (are the images there? data_utils.py --check {path} tells)"

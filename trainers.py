@@ -98,7 +98,10 @@ class CropSFTTrainer(Resumable, SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         drawn = inputs.pop(FAULTS, (len(inputs["labels"]), []))
-        self._count_faults("train" if self.model.training else "eval", *drawn)
+        try:
+            self._count_faults("train" if self.model.training else "eval", *drawn)
+        except OutageError as outage:  # met by this process alone
+            self.stop_reason = str(outage)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -237,10 +240,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self.keep_border()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._batch_rows = self._sound(inputs)
-        if self.model.training:
-            self._batch_keys = [(row["line"], row["entry"]) for row in self._batch_rows]
         try:
+            self._batch_rows = self._sound(inputs)
+            if self.model.training:
+                self._batch_keys = [(row["line"], row["entry"]) for row in self._batch_rows]
             output = super()._generate_and_score_completions(self._batch_rows)
         except OutageError as outage:
             self.stop_before_this_step(str(outage))
@@ -258,15 +261,17 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
         `drawn`: rows of the training data, G of each group, of which some may be on other processes.
         """
-        rows, faults = self.rows(drawn)
+        with shared_outage():
+            rows, faults = self.rows(drawn)
         if not self.rows.is_checked:
             own = [[(row["line"], row["entry"]) for row in part] for part in (drawn, rows)]
             pairs = set(gather_object(list(zip(*own, strict=True))))
             keys = {key for key, _ in pairs}
             if len(keys) < len(pairs):  # a group of two prompts
-                self.stop_before_this_step("an image of the rows drawn can be read by some of the processes alone")
+                raise OutageError("an image of the rows drawn can be read by some of the processes alone")
             named = {(fault["line"], fault["entry"]): fault for fault in gather_object(faults)}
-            self._count_faults("train", len(keys | set(named)), list(named.values()))
+            with shared_outage():
+                self._count_faults("train", len(keys | set(named)), list(named.values()))
         return [row | {"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from checkpoints import (
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
 from memory_model import out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model
-from resuming import StopOnSignal
+from resuming import StopInOrder
 from sharding import zero_stage
 from traces import write_whole
 from trackers import check_trackers
@@ -190,7 +190,7 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
         if not config.resume:
             _set_earlier_run_aside(output)
     checkpoint = find_checkpoint(output, say) if config.resume else None
-    stop = StopOnSignal()
+    stop = StopInOrder(trainer)
     trainer.add_callback(stop)
     try:
         with stop.listening():

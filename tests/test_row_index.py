@@ -12,8 +12,9 @@ from test_sft_data import LAZY, faulty, several  # noqa: F401 - faulty is a fixt
 from test_trainers import grpo_trainer, length_part, settings_for
 
 import row_index
-from config import DataConfig, SettingsError
+from config import DataConfig
 from data_check import Checker, check_file
+from patience import OutageError
 from row_index import MOST_IN_A_ROW, SoundRows, load_training_rows
 from training import train
 from watching import fixed_questions
@@ -57,7 +58,7 @@ def test_a_long_block_of_faulty_rows_does_not_stop_the_run_a_faulty_file_does(im
     assert all(item["line"] <= 300 for item in found) and len({item["line"] for item in found}) > 50
     assert 100 <= len(faults) < 300, "of two in five, some more than those that were drawn"
     rows.table = rows.table.select(range(300, 500))
-    with pytest.raises(SettingsError, match=r"100 rows drawn from .* were all faulty, the last: +line .* --check"):
+    with pytest.raises(OutageError, match=r"100 rows drawn from .* were all faulty, the last: line .* --check"):
         rows([rows.table[0]])
 
 

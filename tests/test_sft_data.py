@@ -13,6 +13,7 @@ import row_index
 from config import DataConfig, SettingsError
 from conversation import IGNORED
 from data_check import check_file
+from patience import OutageError
 from row_index import FaultLog, is_lazy, load_training_rows
 from sft_data import FAULTS as FAULTS_KEY
 from sft_data import ROWS, ExampleEncoder, SFTCollator, length_buckets
@@ -101,8 +102,17 @@ def test_mostly_faulty_rows_stop_the_run_at_start_or_when_drawn(images, renderer
     log = FaultLog(path, str(tmp_path / "bad.jsonl"))
     fault = {"line": 1, "entry": 0, "offset": 0, "fault": "missing image none.jpg"}
     log.add(99, [fault] * 60)
-    with pytest.raises(SettingsError, match=r"61 of 100 rows drawn from .* were faulty: run data_utils\.py --check"):
+    with pytest.raises(
+        OutageError, match=r"61 of the last 100 rows drawn from .* were faulty, .*data_utils\.py --check"
+    ):
         log.add(1, [fault])
+    log = FaultLog(path, str(tmp_path / "bad.jsonl"))
+    for _ in range(100):
+        log.add(10, [])
+    for _ in range(5):
+        log.add(10, [fault] * 10)
+    with pytest.raises(OutageError, match="60 of the last 100 rows"):
+        log.add(10, [fault] * 10)
 
 
 def test_a_file_changed_while_it_is_trained_on_is_refused(images, renderer, tmp_path):  # noqa: F811
@@ -111,7 +121,7 @@ def test_a_file_changed_while_it_is_trained_on_is_refused(images, renderer, tmp_
     log.add(1, [])
     with open(path, "ab") as file:
         file.write(b"\n")
-    with pytest.raises(SettingsError, match="was changed while it is trained on"):
+    with pytest.raises(OutageError, match="was changed while it is trained on"):
         log.add(1, [])
 
 

@@ -242,6 +242,24 @@ class Group:
 
         return {"straight": run("straight"), "cut": run("outage", misses=True), "resumed": run("outage")}
 
+    def faults(self) -> dict[str, Any]:
+        """SFT in which nearly all rows of the second process are faulty at the second step."""
+        settings = self.settings("sft", "faults", max_steps=4, save_strategy="steps", save_steps=100)
+        _, trainer = self.sft_trainer(settings)
+        count = trainer._count_faults
+
+        def counted(*args: Any) -> None:
+            count(*args)
+            if RANK == 1 and trainer.state.global_step == 1:
+                raise OutageError("faulty rows")
+
+        trainer._count_faults = counted
+        try:
+            train(trainer, settings, "sft")
+        except StoppedError as stopped:
+            return {"stopped": str(stopped)}
+        return {"stopped": ""}
+
     def unshared_disk(self) -> dict[str, Any]:
         """Only the first process finds a checkpoint."""
         settings = self.settings("sft", f"disk_{RANK}", save_strategy="steps", save_steps=1)
