@@ -6,6 +6,7 @@ python -m pytest tests/test_memory_model.py
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,8 @@ def test_a_bound_of_the_cache_bounds_the_rollouts():
 def test_out_of_memory_names_the_three_settings_that_save_most():
     run = Run(batch_size=8, gradient_checkpointing=False)
     found = savings(MODEL_7B, run, "sft")
-    assert [value for _, value in found] == sorted((value for _, value in found), reverse=True)
+    values = [value for flags, value in found if "skips rows" not in flags]
+    assert values == sorted(values, reverse=True) and len(values) == len(found) - 1
     assert found[0][0] == "--gradient_checkpointing true"
     assert found[1][0] == "--batch_size 4 --gradient_accumulation_steps 16"
     message = memory_model.out_of_memory_message(MODEL_7B, run, "sft")
@@ -124,6 +126,18 @@ def test_out_of_memory_names_the_three_settings_that_save_most():
     assert "--beta" not in message, "SFT has none"
     rollouts = savings(MODEL_7B, Run(batch_size=16, gradient_accumulation_steps=16, rollout_batch_size=256), "grpo")
     assert rollouts[0][0].startswith("--max_batch_tokens")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_three_settings_are_left_but_for_a_single_row_on_4_bit_weights(stage, method):
+    for batch, checkpointing, half, on_gpu in product((1, 2), *[(True, False)] * 3):
+        run = Run(method=method, batch_size=batch, gradient_checkpointing=checkpointing, half=half, lora_r=8)
+        found = savings(MODEL_7B, run, stage, on_gpu)
+        assert len({flags for flags, _ in found}) == len(found)
+        assert len(found) >= (2 if (stage, method, batch) == ("sft", "qlora", 1) else 3), run
+        if stage == "sft" and batch > 1:
+            assert "skips rows" in found[-1][0], "the last resort"
 
 
 def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
