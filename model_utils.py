@@ -149,6 +149,16 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 
+def leave_cudnn_attention_out() -> None:
+    """For every shape that it meets cuDNN builds a plan anew, in up to a second; hardly two of our rows have one shape.
+
+    On Hopper and Blackwell torch's sdpa would take it before its flash kernels.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:
     """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so.
 
@@ -158,6 +168,7 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
 
     _require_exists(path)
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
+    leave_cudnn_attention_out()
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
     with _whole_weights(path):

@@ -31,6 +31,7 @@ from conversation import Prompt, Renderer
 from crop_tool import CropContract
 from demo_model import CHAT_TEMPLATE, build_tokenizer
 from generation import Rollout
+from model_utils import leave_cudnn_attention_out
 
 PATCH, IMAGE, CROP = 14, (700, 504), (420, 280)  # pixels: 450 and 150 image tokens
 # Hidden, MLP, layers, heads, key heads, vocabulary; vision depth, hidden, heads, MLP. "mid" has 41 million parameters,
@@ -92,6 +93,7 @@ def build_model(
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )  # fmt: skip
+    leave_cudnn_attention_out()
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or (torch.float32 if device == "cpu" else torch.bfloat16))

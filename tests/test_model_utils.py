@@ -218,6 +218,12 @@ def test_a_missing_folder_is_named_and_not_looked_up_on_the_hub(path):
         load_weights(path, torch.float32, "auto")
 
 
+def test_loaded_weights_leave_cudnns_attention_out(base_folder):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_weights(str(base_folder), torch.float32, "auto")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_an_adapter_of_a_model_that_came_from_no_folder_is_saved_without_a_digest(adapter, tmp_path):
     folder, loaded = adapter
     shutil.copytree(folder, tmp_path / "adapter")
