@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import parse_training
-from config import GRPOStageConfig, TrainingSettings, is_main_process
+from config import GRPOStageConfig, TrainingSettings, is_main_process, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -147,6 +147,7 @@ def run_grpo(settings: TrainingSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_gpu()
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("grpo",))
     settings.show()
     from training import exit_with_message

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_training
-from config import SettingsError, SFTStageConfig, TrainingSettings
+from config import SettingsError, SFTStageConfig, TrainingSettings, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -121,6 +121,7 @@ def run_sft(settings: TrainingSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_gpu()
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("sft",))
     settings.show()
     from training import exit_with_message
