@@ -133,7 +133,7 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
 def run_grpo(settings: TrainingSettings) -> Path:
     """Train stage 2; returns the folder of the final model."""
     from model_utils import load_for_training
-    from training import begin, finish, train
+    from training import begin, explained_out_of_memory, finish, train
 
     config = settings.grpo
     final = begin("stage 2: R-GRPO", settings, "grpo")
@@ -141,7 +141,8 @@ def run_grpo(settings: TrainingSettings) -> Path:
         return final
     start = config.sft_checkpoint or settings.model.model_name
     loaded = load_for_training(settings.model, settings.data, config, start)
-    trainer = build_trainer(loaded, settings)
+    with explained_out_of_memory(settings, "grpo", loaded.model):
+        trainer = build_trainer(loaded, settings)
     train(trainer, settings, "grpo")
     return finish(trainer, loaded, settings, "grpo", config.output_dir)
 

@@ -108,14 +108,15 @@ def build_trainer(
 def run_sft(settings: TrainingSettings) -> Path:
     """Train stage 1; returns the folder of the final model."""
     from model_utils import load_for_training
-    from training import begin, finish, train
+    from training import begin, explained_out_of_memory, finish, train
 
     config = settings.sft
     final = begin("stage 1: SFT", settings, "sft")
     if final is not None:
         return final
     loaded = load_for_training(settings.model, settings.data, config, settings.model.model_name)
-    trainer = build_trainer(loaded, settings)
+    with explained_out_of_memory(settings, "sft", loaded.model):
+        trainer = build_trainer(loaded, settings)
     train(trainer, settings, "sft")
     return finish(trainer, loaded, settings, "sft", config.output_dir)
 

@@ -150,6 +150,23 @@ def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
     assert torch.cuda.is_available() or not any("--bf16" in line for line in lines), "refused on a CPU"
 
 
+def test_a_model_that_does_not_fit_when_the_trainer_is_made_ends_in_the_same_message(
+    base_folder, data_folder, tmp_path, monkeypatch
+):
+    """What the driver refuses by itself is no error of torch's allocator."""
+    from test_trainers import settings_for
+
+    import train_sft
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr("trainers.CropSFTTrainer._move_model_to_device", fail)
+    settings = settings_for("sft", base_folder, data_folder, tmp_path)
+    with pytest.raises(SettingsError, match=r"out of memory\. SFT takes about [^\n]*\n.*by the memory model:\n  --"):
+        train_sft.run_sft(settings)
+
+
 def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_folder, tmp_path, monkeypatch):
     """R-GRPO on an SFT adapter trains it without `use_lora`."""
     from test_trainers import LORA, grpo_trainer, settings_for
