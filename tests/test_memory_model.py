@@ -3,8 +3,10 @@
 python -m pytest tests/test_memory_model.py
 """
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from config import SettingsError
 from memory_model import Run, peak, phases, savings, state_bytes, update_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_memory
 from bench_memory import measure
 
 MODEL_7B = ARCHITECTURES["Qwen/Qwen2.5-VL-7B-Instruct"]
@@ -80,6 +83,25 @@ def _holds(shape: str, run: Run, tokens: int, monkeypatch, fake: bool) -> None:
     assert steady == pytest.approx(measured["between steps"], rel=0.02)
     assert sum(state.values()) + sum(update.values()) == pytest.approx(measured["peak"], rel=0.15)
     assert update["activations"] == pytest.approx(measured["kept for backward"], rel=0.15)
+
+
+def test_a_measurement_begins_without_the_model_of_the_one_before(monkeypatch):
+    build, models, before = bench_memory.build_model, [], []
+
+    def noted(*args):
+        before.append([model for model in models if model() is not None])
+        model = build(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(bench_memory, "build_model", noted)
+    gc.disable()
+    try:
+        for _ in range(2):
+            measure("tiny", Run(method="full", half=False, batch_size=1), 32, fake=False)
+    finally:
+        gc.enable()
+    assert before == [[], []]
 
 
 def test_a_measurement_counts_what_lives_and_forgets_what_is_freed():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_replayed_steps_sample_the_same_tokens_with_the_same_log_probs(
     for one, other in zip(eager, replayed, strict=True):
         assert one.completion_ids == other.completion_ids and one.finish_reason == other.finish_reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_benchmarks_count_the_steps_that_are_replayed(tiny_model, renderer, prompts, request, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from common import counted
+
+    with counted(tiny_model) as eager:
+        rollouts(tiny_model, renderer, prompts, 4)
+    request.getfixturevalue("recorder")
+    with counted(tiny_model) as replayed:
+        rollouts(tiny_model, renderer, prompts, 4)
+    assert replayed == eager and eager.steps > 60
 
 
 def test_a_step_reads_no_number_and_changes_no_shape_on_the_way(tiny_model, renderer, prompts, recorder):
