@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
@@ -145,18 +146,31 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
 
     if choice != "auto":
         return choice
-    usable = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    has_kernels = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on, as flash-attn's
+    usable = half and has_kernels and importlib.util.find_spec("flash_attn") is not None
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 
-def leave_cudnn_attention_out() -> None:
-    """For every shape that it meets cuDNN builds a plan anew, in up to a second; hardly two of our rows have one shape.
+def leave_cudnn_out(model: PreTrainedModel) -> None:
+    """On a GPU, keep the model from two operations of cuDNN.
 
-    On Hopper and Blackwell torch's sdpa would take it before its flash kernels.
+    Its attention, which sdpa takes before the flash kernels on Hopper and Blackwell, builds a plan for every shape that
+    it meets, in up to a second; hardly two of our rows have one shape. For the patch embedding, a convolution whose
+    windows do not overlap, it has taken 50,000 times as long as for the matrix product that this is (transformers,
+    issue 45750).
     """
     import torch
 
+    if not torch.cuda.is_available():
+        return
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def embed(self: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+        flat = torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return flat[:, :, None, None, None]
+
+    convolution = model.model.visual.patch_embed.proj
+    convolution.forward = MethodType(embed, convolution)
 
 
 def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:
@@ -168,17 +182,18 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
 
     _require_exists(path)
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
-    leave_cudnn_attention_out()
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
     with _whole_weights(path):
         try:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
         except ImportError as error:
             if attention != "auto" or chosen == "sdpa":
                 raise
             log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+    leave_cudnn_out(model)
+    return model
 
 
 @contextlib.contextmanager

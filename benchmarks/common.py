@@ -32,7 +32,7 @@ from conversation import Prompt, Renderer
 from crop_tool import CropContract
 from demo_model import CHAT_TEMPLATE, build_tokenizer
 from generation import Rollout
-from model_utils import leave_cudnn_attention_out
+from model_utils import leave_cudnn_out
 from step_graphs import StepGraphs
 
 PATCH, IMAGE, CROP = 14, (700, 504), (420, 280)  # pixels: 450 and 150 image tokens
@@ -95,7 +95,6 @@ def build_model(
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )  # fmt: skip
-    leave_cudnn_attention_out()
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or (torch.float32 if device == "cpu" else torch.bfloat16))
@@ -104,6 +103,7 @@ def build_model(
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
+    leave_cudnn_out(model)
     pad = renderer.tokenizer.pad_token_id
     model.generation_config.update(bos_token_id=None, eos_token_id=end, pad_token_id=pad)
     return model.eval()
