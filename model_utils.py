@@ -230,6 +230,11 @@ def training_dtype(model: ModelConfig, stage: StageConfig, on_adapter: bool) -> 
     """Frozen weights may be half precision; trained ones stay float32, or small updates would round away."""
     import torch
 
+    if model.dtype == "float16" and stage.fp16 and not on_adapter:
+        raise SettingsError(
+            "dtype is float16, but --fp16 scales gradients, which it cannot do where the weights that train are "
+            "float16: leave --dtype out, or add --use_lora"
+        )
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
     if on_adapter and (stage.bf16 or stage.fp16):
