@@ -146,8 +146,8 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
 
     if choice != "auto":
         return choice
-    has_kernels = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on, as flash-attn's
-    usable = half and has_kernels and importlib.util.find_spec("flash_attn") is not None
+    usable = half and importlib.util.find_spec("flash_attn") is not None
+    usable = usable and torch.cuda.is_bf16_supported(including_emulation=False)  # by Ampere and later, as flash-attn is
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 

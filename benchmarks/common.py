@@ -28,6 +28,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from config import use_one_gpu
 from conversation import Prompt, Renderer
 from crop_tool import CropContract
 from demo_model import CHAT_TEMPLATE, build_tokenizer
@@ -48,6 +49,7 @@ SHAPES = {
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The flags of every benchmark."""
+    use_one_gpu()
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=list(SHAPES), default="mid", help="size of the random model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
