@@ -312,8 +312,8 @@ def peak(model: Architecture, run: Run, stages: tuple[str, ...] = ("sft", "grpo"
 # --------------------------------------------------------------------------------------- out of memory
 
 
-def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Sharding, longest: int) -> Run:
-    """What a stage's settings are to the memory model; `longest` is the longest row of SFT, in tokens."""
+def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Sharding, longest: int | None) -> Run:
+    """What a stage's settings are to the memory model; `longest` is the longest row of SFT, in tokens, where known."""
     config, model = getattr(settings, stage), settings.model
     half, full = config.bf16 or config.fp16, not config.use_lora
     method: Method = "full" if full else "qlora" if model.load_in_4bit else "lora"
@@ -331,6 +331,8 @@ def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Shar
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     if stage == "sft":
+        if longest is None:
+            return run
         prompt = longest // 2
         return replace(run, prompt_tokens=prompt, image_tokens=prompt // 2, answer_tokens=longest - prompt, crops=0)
     names = ("max_completion_length", "rollout_batch_size", "max_batch_tokens", "beta", "num_generations")

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
@@ -145,8 +146,31 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
 
     if choice != "auto":
         return choice
-    usable = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    usable = half and importlib.util.find_spec("flash_attn") is not None
+    usable = usable and torch.cuda.is_bf16_supported(including_emulation=False)  # by Ampere and later, as flash-attn is
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
+
+
+def leave_cudnn_out(model: PreTrainedModel) -> None:
+    """On a GPU, keep the model from two operations of cuDNN.
+
+    Its attention, which sdpa takes before the flash kernels on Hopper and Blackwell, builds a plan for every shape that
+    it meets, in up to a second; hardly two of our rows have one shape. For the patch embedding, a convolution whose
+    windows do not overlap, it has taken 50,000 times as long as for the matrix product that this is (transformers,
+    issue 45750).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def embed(self: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+        flat = torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return flat[:, :, None, None, None]
+
+    convolution = model.model.visual.patch_embed.proj
+    convolution.forward = MethodType(embed, convolution)
 
 
 def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:
@@ -162,12 +186,14 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
     chosen = resolve_attention(attention, half)
     with _whole_weights(path):
         try:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
         except ImportError as error:
             if attention != "auto" or chosen == "sdpa":
                 raise
             log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+    leave_cudnn_out(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -204,6 +230,11 @@ def training_dtype(model: ModelConfig, stage: StageConfig, on_adapter: bool) -> 
     """Frozen weights may be half precision; trained ones stay float32, or small updates would round away."""
     import torch
 
+    if model.dtype == "float16" and stage.fp16 and not on_adapter:
+        raise SettingsError(
+            "dtype is float16, but --fp16 scales gradients, which it cannot do where the weights that train are "
+            "float16: leave --dtype out, or add --use_lora"
+        )
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
     if on_adapter and (stage.bf16 or stage.fp16):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_training
-from config import SettingsError, TrainingSettings
+from config import SettingsError, TrainingSettings, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["sft", "grpo"])
     parser.add_argument("limit", type=int, help="bytes that the trial may take; flags of a training command follow")
     args, flags = parser.parse_known_args()
+    use_one_gpu()
     print(MARK + json.dumps(asdict(run_trial(args.stage, args.limit, flags))), flush=True)
 
 

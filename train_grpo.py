@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import parse_training
-from config import GRPOStageConfig, TrainingSettings, is_main_process
+from config import GRPOStageConfig, TrainingSettings, is_main_process, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -132,7 +132,7 @@ def build_engine(loaded: LoadedModel, renderer: Renderer, settings: TrainingSett
 def run_grpo(settings: TrainingSettings) -> Path:
     """Train stage 2; returns the folder of the final model."""
     from model_utils import load_for_training
-    from training import begin, finish, train
+    from training import begin, explained_out_of_memory, finish, train
 
     config = settings.grpo
     final = begin("stage 2: R-GRPO", settings, "grpo")
@@ -140,12 +140,14 @@ def run_grpo(settings: TrainingSettings) -> Path:
         return final
     start = config.sft_checkpoint or settings.model.model_name
     loaded = load_for_training(settings.model, settings.data, config, start)
-    trainer = build_trainer(loaded, settings)
+    with explained_out_of_memory(settings, "grpo", loaded.model):
+        trainer = build_trainer(loaded, settings)
     train(trainer, settings, "grpo")
     return finish(trainer, loaded, settings, "grpo", config.output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_gpu()
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("grpo",))
     settings.show()
     from training import exit_with_message

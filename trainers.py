@@ -32,6 +32,7 @@ from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
 from measures import rollout_figures
+from model_utils import leave_cudnn_out
 from packing import Packer, accept_segments
 from patience import OutageError, shared_outage
 from response_format import parse_response
@@ -198,6 +199,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self.shares_prompts = base.config.get_text_config()._attn_implementation == "sdpa"
         self._decoder = Decoder(base, engine.renderer)
         self._image_processor = self.processing_class.image_processor
+        if self.ref_model is not None:  # which TRL has loaded by itself
+            leave_cudnn_out(self.accelerator.unwrap_model(self.ref_model))
         for model in (base, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)

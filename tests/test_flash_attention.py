@@ -108,7 +108,7 @@ def test_rollouts_and_updates_are_those_of_sdpa(base_folder, data_folder, tmp_pa
 
 
 def test_auto_takes_it_for_the_vision_tower_alone_and_does_without_where_it_fails(base_folder, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or find_spec(name))
     assert attention_of(model_utils.load_weights(str(base_folder), torch.bfloat16, "auto", True)) == ["sdpa", FLASH]
     assert attention_of(model_utils.load_weights(str(base_folder), torch.float32, "auto", False)) == ["sdpa", "sdpa"]

@@ -3,8 +3,10 @@
 python -m pytest tests/test_memory_model.py
 """
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,6 +21,7 @@ from config import SettingsError
 from memory_model import Run, peak, phases, savings, state_bytes, update_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_memory
 from bench_memory import measure
 
 MODEL_7B = ARCHITECTURES["Qwen/Qwen2.5-VL-7B-Instruct"]
@@ -81,6 +84,25 @@ def _holds(shape: str, run: Run, tokens: int, monkeypatch, fake: bool) -> None:
     assert steady == pytest.approx(measured["between steps"], rel=0.02)
     assert sum(state.values()) + sum(update.values()) == pytest.approx(measured["peak"], rel=0.15)
     assert update["activations"] == pytest.approx(measured["kept for backward"], rel=0.15)
+
+
+def test_a_measurement_begins_without_the_model_of_the_one_before(monkeypatch):
+    build, models, before = bench_memory.build_model, [], []
+
+    def noted(*args):
+        before.append([model for model in models if model() is not None])
+        model = build(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(bench_memory, "build_model", noted)
+    gc.disable()
+    try:
+        for _ in range(2):
+            measure("tiny", Run(method="full", half=False, batch_size=1), 32, fake=False)
+    finally:
+        gc.enable()
+    assert before == [[], []]
 
 
 def test_a_measurement_counts_what_lives_and_forgets_what_is_freed():
@@ -162,6 +184,23 @@ def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
     assert lines[0].startswith("train_sft.py: out of memory. SFT takes about")
     assert 3 <= len(lines) <= 4 and "--batch_size 2 --gradient_accumulation_steps 8" in lines[1]
     assert torch.cuda.is_available() or not any("--bf16" in line for line in lines), "refused on a CPU"
+
+
+def test_a_model_that_does_not_fit_when_the_trainer_is_made_ends_in_the_same_message(
+    base_folder, data_folder, tmp_path, monkeypatch
+):
+    """What the driver refuses by itself is no error of torch's allocator."""
+    from test_trainers import settings_for
+
+    import train_sft
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr("trainers.CropSFTTrainer._move_model_to_device", fail)
+    settings = settings_for("sft", base_folder, data_folder, tmp_path)
+    with pytest.raises(SettingsError, match=r"out of memory\. SFT takes about [^\n]*\n.*by the memory model:\n  --"):
+        train_sft.run_sft(settings)
 
 
 def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_folder, tmp_path, monkeypatch):

@@ -121,6 +121,13 @@ def test_weights_that_train_stay_float32_unless_asked(settings, stage, dtype):
     assert training_dtype(ModelConfig(**settings), stage, stage.use_lora) == dtype
 
 
+def test_float16_weights_that_would_train_under_a_gradient_scaler_are_refused():
+    model, stage = ModelConfig(dtype="float16"), SFTStageConfig(fp16=True)
+    with pytest.raises(SettingsError, match="leave --dtype out, or add --use_lora"):
+        training_dtype(model, stage, on_adapter=False)
+    assert training_dtype(model, stage, on_adapter=True) == torch.float16
+
+
 def test_pickled_weights_are_refused(base_folder, tiny_model, tmp_path):
     shutil.copytree(base_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(tiny_model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
@@ -216,6 +223,22 @@ def test_a_missing_folder_is_named_and_not_looked_up_on_the_hub(path):
         load_for_training(ModelConfig(), DataConfig(), FULL, path)
     with pytest.raises(SettingsError, match=message):
         load_weights(path, torch.float32, "auto")
+
+
+def test_on_a_gpu_cudnn_is_left_out_and_the_features_are_the_same(base_folder, monkeypatch):
+    pixels = torch.randn(8 * 12, 3 * 2 * 7 * 7)
+    plain = load_weights(str(base_folder), torch.float32, "sdpa").model.visual.patch_embed
+    expected = plain(pixels)
+    expected.square().sum().backward()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(torch.nn.Conv3d, "_conv_forward")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    embed = deepcopy(load_weights(str(base_folder), torch.float32, "sdpa").model.visual.patch_embed)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    found = embed(pixels)
+    found.square().sum().backward()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(embed.proj.weight.grad, plain.proj.weight.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_of_a_model_that_came_from_no_folder_is_saved_without_a_digest(adapter, tmp_path):

@@ -4,12 +4,14 @@ import builtins
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_data_utils import FAULTS, images, row, write  # noqa: F401 - images is a fixture
 
 import row_index
+import train_sft
 from config import DataConfig, SettingsError
 from conversation import IGNORED
 from data_check import check_file
@@ -216,6 +218,16 @@ def test_a_drawn_row_is_encoded_as_a_checked_one_in_this_process_or_a_worker(
     assert drawn[0] == [*drawn[1], (8, 0)] and len(drawn[1]) == 8
     for one, two in zip(lazy, full, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("free", "workers"), [(2**26, 0), (2**34, 4)])
+def test_workers_read_images_for_a_gpu_where_shared_memory_holds_their_batches(monkeypatch, capsys, free, workers):
+    """Docker gives 64 MB: a worker would die of a bus error."""
+    assert train_sft.default_workers(4) == 0, "of a CPU they would take the cores"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert train_sft.default_workers(4) == workers
+    assert ("need 1.0 GB of /dev/shm" in capsys.readouterr().out) == (not workers)
 
 
 def test_an_image_that_goes_after_the_check_is_a_named_fault_and_not_a_crash(images, renderer, tmp_path):  # noqa: F811
