@@ -312,6 +312,14 @@ def peak(model: Architecture, run: Run, stages: tuple[str, ...] = ("sft", "grpo"
 # --------------------------------------------------------------------------------------- out of memory
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host. What torch's allocator has no part in is reported in words only."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
 def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Sharding, longest: int | None) -> Run:
     """What a stage's settings are to the memory model; `longest` is the longest row of SFT, in tokens, where known."""
     config, model = getattr(settings, stage), settings.model

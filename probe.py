@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from command_line import parse_training
 from config import SettingsError, TrainingSettings, use_one_gpu
+from memory_model import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -99,8 +100,8 @@ def _two_steps(stage: str, settings: TrainingSettings, limit: int, on_gpu: bool)
 
     import train_grpo
     import train_sft
+    import trainers  # noqa: F401 - what the libraries take is not the trial's
     from model_utils import load_for_training
-    from training import is_out_of_memory
 
     config = getattr(settings, stage)
     start = getattr(config, "sft_checkpoint", None) or settings.model.model_name

@@ -32,7 +32,7 @@ from checkpoints import (
     set_aside,
 )
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
-from memory_model import out_of_memory_message, run_of
+from memory_model import is_out_of_memory, out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model
 from resuming import StopInOrder
 from sharding import zero_stage
@@ -230,12 +230,6 @@ def _train_from(
     say(f"resuming from {checkpoint}")
     with explained_out_of_memory(settings, stage, trainer.model, trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host. What torch's allocator has no part in is reported in words only."""
-    words = ("out of memory", "can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
