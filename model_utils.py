@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from config import DataConfig, InferenceConfig, ModelConfig, SettingsError, StageConfig, TrainingSettings
@@ -151,34 +150,14 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 
-def leave_cudnn_out(model: PreTrainedModel) -> None:
-    """On a GPU, keep the model from two operations of cuDNN.
-
-    Its attention, which sdpa takes before the flash kernels on Hopper and Blackwell, builds a plan for every shape that
-    it meets, in up to a second; hardly two of our rows have one shape. For the patch embedding, a convolution whose
-    windows do not overlap, it has taken 50,000 times as long as for the matrix product that this is (transformers,
-    issue 45750).
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-    def embed(self: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
-        flat = torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-        return flat[:, :, None, None, None]
-
-    convolution = model.model.visual.patch_embed.proj
-    convolution.forward = MethodType(embed, convolution)
-
-
 def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = False, **settings: Any) -> PreTrainedModel:
     """Full weights, from safetensors only and without remote code. Falls back to sdpa, saying so.
 
     settings: of `from_pretrained` (see `four_bit`).
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from vision_tower import speed_up
 
     _require_exists(path)
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
@@ -192,7 +171,7 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
                 raise
             log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
-    leave_cudnn_out(model)
+    speed_up(model)
     return model
 
 

@@ -32,7 +32,6 @@ from decoding import Decoder
 from generation import CropEngine, Rollout, SamplingParams
 from judge import Claim, Judge
 from measures import rollout_figures
-from model_utils import leave_cudnn_out
 from packing import Packer, accept_segments
 from patience import OutageError, shared_outage
 from response_format import parse_response
@@ -43,6 +42,7 @@ from row_index import SoundRows
 from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 from sft_data import FAULTS, ROWS, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
+from vision_tower import speed_up
 from vllm_generation import VLLMEngine
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self._decoder = Decoder(base, engine.renderer)
         self._image_processor = self.processing_class.image_processor
         if self.ref_model is not None:  # which TRL has loaded by itself
-            leave_cudnn_out(self.accelerator.unwrap_model(self.ref_model))
+            speed_up(self.accelerator.unwrap_model(self.ref_model))
         for model in (base, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)

@@ -181,7 +181,7 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     model, output = trainer.model, Path(config.output_dir)
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     kinds = [part._attn_implementation for part in (model.config.get_text_config(), model.config.vision_config)]
-    attention, vision = (kind.removeprefix("segmented_") for kind in kinds)  # the same kernels (packing.py)
+    attention, vision = ("sdpa" if "sdpa" in kind else kind for kind in kinds)  # of packing.py and vision_tower.py too
     attention += " attention" if vision == attention else f" attention, {vision} in the vision tower"
     say = print if is_main_process() else (lambda *_: None)
     say(f"{trained:,} of {total:,} parameters train; {attention}; device {trainer.args.device}")

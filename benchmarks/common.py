@@ -33,8 +33,8 @@ from conversation import Prompt, Renderer
 from crop_tool import CropContract
 from demo_model import CHAT_TEMPLATE, build_tokenizer
 from generation import Rollout
-from model_utils import leave_cudnn_out
 from step_graphs import StepGraphs
+from vision_tower import speed_up
 
 PATCH, IMAGE, CROP = 14, (700, 504), (420, 280)  # pixels: 450 and 150 image tokens
 # Hidden, MLP, layers, heads, key heads, vocabulary; vision depth, hidden, heads, MLP. "mid" has 41 million parameters,
@@ -105,7 +105,7 @@ def build_model(
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    leave_cudnn_out(model)
+    speed_up(model)
     pad = renderer.tokenizer.pad_token_id
     model.generation_config.update(bos_token_id=None, eos_token_id=end, pad_token_id=pad)
     return model.eval()

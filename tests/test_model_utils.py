@@ -225,22 +225,6 @@ def test_a_missing_folder_is_named_and_not_looked_up_on_the_hub(path):
         load_weights(path, torch.float32, "auto")
 
 
-def test_on_a_gpu_cudnn_is_left_out_and_the_features_are_the_same(base_folder, monkeypatch):
-    pixels = torch.randn(8 * 12, 3 * 2 * 7 * 7)
-    plain = load_weights(str(base_folder), torch.float32, "sdpa").model.visual.patch_embed
-    expected = plain(pixels)
-    expected.square().sum().backward()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delattr(torch.nn.Conv3d, "_conv_forward")
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    embed = deepcopy(load_weights(str(base_folder), torch.float32, "sdpa").model.visual.patch_embed)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    found = embed(pixels)
-    found.square().sum().backward()
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(embed.proj.weight.grad, plain.proj.weight.grad, rtol=1e-3, atol=1e-4)
-
-
 def test_an_adapter_of_a_model_that_came_from_no_folder_is_saved_without_a_digest(adapter, tmp_path):
     folder, loaded = adapter
     shutil.copytree(folder, tmp_path / "adapter")
