@@ -402,6 +402,15 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def use_one_gpu() -> None:
+    """Without a launcher, show this process the first of its GPUs alone; to be called before torch looks for them.
+
+    transformers would wrap the model in nn.DataParallel over all of them, which TRL refuses.
+    """
+    if "RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
 class SettingsError(ValueError):
     """A setting that cannot be: says what was given, why it cannot be, and what to do."""
 

@@ -236,14 +236,16 @@ class Renderer:
             ids += self.image_block(size) + self.text_ids(piece)
         return ids
 
-    def prompt(self, question: str, original: Image.Image) -> Prompt:
+    def prompt(self, question: str, original: Image.Image, shown: Image.Image | None = None) -> Prompt:
         """System text, image and question, up to where the assistant begins.
+
+        shown: `show_image` of the original, where that is at hand.
 
         Raises:
             ValueError: for a question that contains one of the reserved tokens.
         """
         refuse_reserved(question, "the question")
-        shown = show_image(original, self.contract)
+        shown = shown or show_image(original, self.contract)
         text = self.processor.apply_chat_template(self.messages(question), add_generation_prompt=True, tokenize=False)
         return Prompt(self._with_image_blocks(text, [shown.size]), (shown,), original)
 

@@ -56,6 +56,7 @@ class Checker:
     data: DataConfig
     contract: CropContract
     renderer: Renderer | None = None  # None: token lengths are estimated from the text's length
+    load: Callable[[str], Image.Image] | None = None  # original image of a row's path; None: it is read here
 
     def rows(self, ranges: Iterable[tuple[int, int, int]]) -> Iterator[Checked]:
         """The checked entries of the file's byte ranges `(start, end, first line number)`."""
@@ -79,14 +80,23 @@ class Checker:
 
     def draw(self, line: int, entry: int, offset: int) -> tuple[Checked, Image.Image | None]:
         """One entry of the line that begins at `offset`, checked, and its image where that can be read."""
-        with open(self.data.train_data, "rb") as file:
-            file.seek(offset)
-            raw = next_line(file)
-        opened = self._open(line, raw)
+        opened = self._open(line, self._line(offset))
         if isinstance(opened, Checked):
             return replace(opened, offset=offset), None
         path, entries, image = opened
         return replace(self._entry(line, entry, path, entries[entry], image.size), offset=offset), image
+
+    def image_path(self, offset: int) -> str | None:
+        """The image of the line that begins at `offset`; None where the line is none of a row."""
+        try:
+            return self._parse(self._line(offset))[0]
+        except ValueError:
+            return None
+
+    def _line(self, offset: int) -> bytes:
+        with open(self.data.train_data, "rb") as file:
+            file.seek(offset)
+            return next_line(file)
 
     def _open(self, line: int, raw: bytes) -> Checked | tuple[str, list[Any], Image.Image]:
         """A line's image path, entries and image; or what is wrong with the line as a whole."""
@@ -110,7 +120,7 @@ class Checker:
     def _image(self, path: str) -> Image.Image:
         """The image as it is used, all of it decoded."""
         try:
-            image = load_image(path, self.data.image_base_path)
+            image = self.load(path) if self.load else load_image(path, self.data.image_base_path)
         except (OSError, RuntimeError) as error:  # a URL or data URI that gives no image; a link to itself
             raise ValueError(f"unreadable image {path:.80}: {type(error).__name__}") from None
         shown_image_size(*image.size, self.contract)  # raises for a strip that no grid can hold

@@ -36,6 +36,7 @@ from measures import (
     summarize,
     table_rows,
 )
+from memory_model import is_out_of_memory
 from model_utils import weights_digest
 from patience import OutageError
 from rewards import CORRECT_AT
@@ -366,11 +367,17 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(config, progress=True)
     except (SettingsError, ValueError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    except (OutageError, OSError, KeyboardInterrupt) as error:  # OSError: a full disk, a folder that is not ours
+    except (OutageError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        reason = str(error)  # of an OSError: a full disk, a folder that is not ours
+        if isinstance(error, KeyboardInterrupt):
+            reason = "stopped by Ctrl-C"
+        elif is_out_of_memory(error):
+            reason = f"out of memory: --batch_size {max(1, config.batch_size // 2)}, or a bound by --max_batch_tokens"
+        elif isinstance(error, RuntimeError):
+            raise
         kept = Path(config.output, ANSWERS)
         rest = f". The answers so far are in {kept}: the same command goes on from there" if kept.is_file() else ""
-        stopped = isinstance(error, KeyboardInterrupt)
-        parser.exit(130 if stopped else 1, f"evaluate.py: {'stopped by Ctrl-C' if stopped else error}{rest}\n")
+        parser.exit(130 if isinstance(error, KeyboardInterrupt) else 1, f"evaluate.py: {reason}{rest}\n")
     print(f"\n{describe(results)}\n\nwrote {RESULTS}, {REPORT} and {ANSWERS} to {config.output}")
 
 

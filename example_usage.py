@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from config import use_one_gpu
+
 DEMO = Path("outputs/demo")
 
 
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(EXAMPLES)} [all]")
     parser.add_argument("--demo", default=DEMO, type=Path, metavar="DIR", help=f"the demo's folder [{DEMO}]")
     options = parser.parse_args()
+    use_one_gpu()
     unknown = set(options.names) - set(EXAMPLES)
     if unknown:
         parser.error(f"there is no example {', '.join(sorted(unknown))}; there are: {', '.join(EXAMPLES)}")

@@ -16,6 +16,7 @@ from command_line import CommandParser, add_flags
 from config import InferenceConfig, SettingsError, build, require_apart
 from conversation import Prompt, Renderer, load_image, refuse_reserved
 from crop_tool import CALL_CLOSE, ToolCall
+from memory_model import is_out_of_memory
 from patience import OutageError
 from response_format import parse_response
 from streaming import CallResult, ResponseReader, TextPiece
@@ -305,6 +306,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"inference.py: {error}\n")
     except (OutageError, OSError) as error:  # the latter: a full disk, a file that cannot be written there
         parser.exit(1, f"inference.py: {error}\n")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.exit(1, "inference.py: out of memory: --dtype bfloat16, or fewer --max_new_tokens or --max_crops\n")
 
 
 if __name__ == "__main__":

@@ -312,8 +312,16 @@ def peak(model: Architecture, run: Run, stages: tuple[str, ...] = ("sft", "grpo"
 # --------------------------------------------------------------------------------------- out of memory
 
 
-def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Sharding, longest: int) -> Run:
-    """What a stage's settings are to the memory model; `longest` is the longest row of SFT, in tokens."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host. What torch's allocator has no part in is reported in words only."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Sharding, longest: int | None) -> Run:
+    """What a stage's settings are to the memory model; `longest` is the longest row of SFT, in tokens, where known."""
     config, model = getattr(settings, stage), settings.model
     half, full = config.bf16 or config.fp16, not config.use_lora
     method: Method = "full" if full else "qlora" if model.load_in_4bit else "lora"
@@ -331,10 +339,15 @@ def run_of(settings: TrainingSettings, stage: str, num_gpus: int, sharding: Shar
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     if stage == "sft":
+        if longest is None:
+            return run
         prompt = longest // 2
         return replace(run, prompt_tokens=prompt, image_tokens=prompt // 2, answer_tokens=longest - prompt, crops=0)
     names = ("max_completion_length", "rollout_batch_size", "max_batch_tokens", "beta", "num_generations")
     return replace(run, **{name: getattr(config, name) for name in names})
+
+
+SKIPS = "(skips rows)"
 
 
 def savings(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> list[tuple[str, int]]:
@@ -348,8 +361,9 @@ def savings(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> l
         (f"--batch_size {batch} --gradient_accumulation_steps {steps}", halved, batch >= 1),
         ("--gradient_checkpointing true", replace(run, gradient_checkpointing=True), not run.gradient_checkpointing),
         ("--use_lora", replace(run, method="lora", half_weights=False), is_full),
+        ("--use_lora --load_in_4bit", replace(run, method="qlora", half_weights=False), is_full),
         ("--load_in_4bit", replace(run, method="qlora"), run.method == "lora"),
-        (f"--lora_r {run.lora_r // 2}", replace(run, lora_r=run.lora_r // 2), not is_full and run.lora_r >= 16),
+        (f"--lora_r {run.lora_r // 2}", replace(run, lora_r=run.lora_r // 2), not is_full and run.lora_r >= 8),
         ("--bf16", replace(run, half=True), on_gpu and not run.half),
         (
             "accelerate launch --config_file configs/accelerate/fsdp2.yaml",
@@ -363,8 +377,7 @@ def savings(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> l
             replace(run, max_completion_length=run.max_completion_length // 2),
             is_grpo,
         ),
-        # The last resort: halving the batch costs no rows.
-        (f"--max_length {run.sft_row // 2} (skips rows)", _shorter(run), not is_grpo and run.batch_size == 1),
+        (f"--max_length {run.sft_row // 2} {SKIPS}", _shorter(run), not is_grpo),
     ]
 
     def size(other: Run) -> tuple[int, int]:
@@ -373,8 +386,9 @@ def savings(model: Architecture, run: Run, stage: str, on_gpu: bool = True) -> l
 
     before = size(run)
     after = [(flags, *size(other)) for flags, other, applies in changes if applies]
-    # The peak first; of a stage with two phases also what helps in the one that is not the peak.
-    after.sort(key=lambda item: (item[1], item[2]))
+    # The peak first; of a stage with two phases also what helps in the one that is not the peak. What costs rows is the
+    # last resort, where the batch can still be halved.
+    after.sort(key=lambda item: (SKIPS in item[0] and batch >= 1, item[1], item[2]))
     return [(flags, max(before[0] - top, 0)) for flags, top, total in after if (top, total) < before]
 
 

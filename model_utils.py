@@ -154,7 +154,8 @@ def resolve_attention(choice: str, half: bool) -> str | dict[str, str]:
 
     if choice != "auto":
         return choice
-    usable = half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    usable = half and importlib.util.find_spec("flash_attn") is not None
+    usable = usable and torch.cuda.is_bf16_supported(including_emulation=False)  # by Ampere and later, as flash-attn is
     return {"vision_config": "flash_attention_2", "text_config": "sdpa"} if usable else "sdpa"
 
 
@@ -165,18 +166,22 @@ def load_weights(path: str, dtype: torch.dtype, attention: str, half: bool = Fal
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from vision_tower import speed_up
+
     _require_exists(path)
     _require_safetensors(path, "model.safetensors", "model.safetensors.index.json")
     settings |= {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     chosen = resolve_attention(attention, half)
     with _whole_weights(path):
         try:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation=chosen, **settings)
         except ImportError as error:
             if attention != "auto" or chosen == "sdpa":
                 raise
             log.warning("flash-attn is installed but cannot be used (%s): using sdpa", error)
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, attn_implementation="sdpa", **settings)
+    speed_up(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -213,6 +218,11 @@ def training_dtype(model: ModelConfig, stage: StageConfig, on_adapter: bool) -> 
     """Frozen weights may be half precision; trained ones stay float32, or small updates would round away."""
     import torch
 
+    if model.dtype == "float16" and stage.fp16 and not on_adapter:
+        raise SettingsError(
+            "dtype is float16, but --fp16 scales gradients, which it cannot do where the weights that train are "
+            "float16: leave --dtype out, or add --use_lora"
+        )
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
     if on_adapter and (stage.bf16 or stage.fp16):

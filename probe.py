@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_training
-from config import SettingsError, TrainingSettings
+from config import SettingsError, TrainingSettings, use_one_gpu
+from memory_model import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -99,8 +100,8 @@ def _two_steps(stage: str, settings: TrainingSettings, limit: int, on_gpu: bool)
 
     import train_grpo
     import train_sft
+    import trainers  # noqa: F401 - what the libraries take is not the trial's
     from model_utils import load_for_training
-    from training import is_out_of_memory
 
     config = getattr(settings, stage)
     start = getattr(config, "sft_checkpoint", None) or settings.model.model_name
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["sft", "grpo"])
     parser.add_argument("limit", type=int, help="bytes that the trial may take; flags of a training command follow")
     args, flags = parser.parse_known_args()
+    use_one_gpu()
     print(MARK + json.dumps(asdict(run_trial(args.stage, args.limit, flags))), flush=True)
 
 

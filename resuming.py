@@ -30,6 +30,7 @@ from checkpoints import STAGING, StoppedError, checkpoints_in, full_disk_reporte
 from patience import Patience
 from row_index import FaultLog
 
+_OWN_REASON = 1  # beside the numbers of the signals that are listened to
 Row = tuple[int, int]  # line of the data file, and place in its QnA
 
 
@@ -56,6 +57,7 @@ class Resumable:
         self._resumed_from: str | None = None
         self._order: Any = None  # the sampler of the training data
         self._losses: list[tuple[torch.Tensor, list[Row]]] = []  # of the micro-batches of this step
+        self.stop_reason = ""  # why the run is to stop at the end of this step, where it is
         self._at_border: dict[str, Any] | None = None  # what changes within a step, as it was at its beginning
         super().__init__(*args, **kwargs)
         self.add_callback(_AtBorders(self))
@@ -283,10 +285,14 @@ class _AtBorders(TrainerCallback):
             self.trainer._order.set_epoch(int(state.epoch))
 
 
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C: save at the end of the step, on all processes, then stop; a second signal quits at once."""
+class StopInOrder(TrainerCallback):
+    """On a signal, or for a reason of the trainer's own: save at the end of the step, on all processes, then stop.
 
-    def __init__(self) -> None:
+    The signals are SIGTERM and that of Ctrl-C; a second one quits at once.
+    """
+
+    def __init__(self, trainer: Resumable) -> None:
+        self.trainer = trainer
         self.received: int | None = None
         self.since = 0.0
         self.saving = False
@@ -319,7 +325,7 @@ class StopOnSignal(TrainerCallback):
             raise StoppedError(f"{name} again: quit at once, without saving", 128 + number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wanted = self.received or 0
+        wanted = self.received or (_OWN_REASON if self.trainer.stop_reason else 0)
         if args.world_size > 1:
             flag = torch.tensor(wanted, device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -334,4 +340,6 @@ class StopOnSignal(TrainerCallback):
     def stop(self, output_dir: str) -> None:
         kept = checkpoints_in(output_dir)
         rest = f"{kept[0]} is saved: the same command goes on from it" if kept else "nothing was saved"
+        if self.received == _OWN_REASON:
+            raise StoppedError(f"{self.trainer.stop_reason or 'stopped by another process'}; {rest}")
         raise StoppedError(f"stopped by {signal.Signals(self.received).name}; {rest}", 128 + self.received)

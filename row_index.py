@@ -10,7 +10,11 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections import ChainMap, deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from config import DataConfig, SettingsError, is_main_process
-from conversation import Renderer
+from conversation import Renderer, load_image, show_image
+from crop_tool import CropContract
 from data_check import (
     MAX_LINE_BYTES,
     Checker,
@@ -30,14 +35,18 @@ from data_check import (
     over_parts,
     refuse_changed,
 )
+from patience import OutageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 FULL_CHECK_ROWS = 10_000  # data_check=auto: longer files are checked row by row as they are drawn
 PROBED_ROWS = 32
 MOST_IN_A_ROW = 100  # faulty rows drawn behind each other
-MOST_FAULTY = 0.5  # share of drawn rows over which the file or a setting, not a row, is taken to be wrong
+RECENT = 100  # drawn rows
+MOST_FAULTY = 0.5  # share of them over which the file, a disk or a setting, not a row, is taken to be wrong
+THREADS = 4  # that read images
 CROP_TOKENS = 128  # of a crop that was not measured: half of the largest square one
 
 
@@ -148,6 +157,41 @@ def _probe(table: Dataset, checker: Checker, bad_rows_file: str) -> None:
 # ------------------------------------------------------------------------------------------------- draw
 
 
+class ImagesAhead:
+    """The original and the shown image behind a path; read in threads, ahead of the step, where it was announced.
+
+    Pillow decodes and resizes without Python's lock. Kept are the images of the last two announcements: of the batch
+    that is worked on, and of the next.
+    """
+
+    def __init__(self, base: str, contract: CropContract) -> None:
+        self.base, self.contract = base, contract
+        self._announced: deque[dict[str, Future]] = deque(maxlen=2)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(THREADS, "images ahead")
+
+    def announce(self, paths: Iterable[str]) -> None:
+        batch = dict.fromkeys(paths)
+        if self._announced and self._announced[-1].keys() == batch.keys():  # the same rollouts, for a further step
+            return
+        known = ChainMap(*self._announced)
+        self._announced.append({path: known.get(path) or self._threads.submit(self._read, path) for path in batch})
+
+    def original(self, path: str) -> Image.Image:
+        return self(path)[0]
+
+    def __call__(self, path: str) -> tuple[Image.Image, Image.Image]:
+        """Raises as `load_image` and `show_image` do."""
+        found = ChainMap(*self._announced).get(path)
+        return found.result() if found else self._read(path)
+
+    def _read(self, path: str) -> tuple[Image.Image, Image.Image]:
+        original = load_image(path, self.base)
+        return original, show_image(original, self.contract)
+
+
 class SoundRows:
     """Rows as drawn -> checked rows; for a faulty one a sound row from anywhere in the file.
 
@@ -157,14 +201,26 @@ class SoundRows:
 
     def __init__(self, table: Dataset, checker: Checker) -> None:
         """table: what `load_training_rows` gives."""
-        self.table, self.checker = table, checker
+        self.table = table
+        self.images = ImagesAhead(checker.data.image_base_path, checker.contract)
+        self.checker = replace(checker, load=self.images.original)
         self.is_checked = "response" in table.column_names
+
+    def announce(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Begin to read the images of rows that come next; returns the rows, since it collates a loader's batches."""
+        from torch.utils.data import get_worker_info
+
+        if get_worker_info() is None:  # from a worker the images would not reach the trainer
+            offsets = dict.fromkeys(row["offset"] for row in rows)
+            paths = [row["image_path"] for row in rows] if self.is_checked else map(self.checker.image_path, offsets)
+            self.images.announce(path for path in paths if path is not None)
+        return rows
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A row for each of `rows`, with the columns of `Checked`; and what was wrong with those that were passed over.
 
         Raises:
-            SettingsError: where many rows drawn behind each other are faulty.
+            OutageError: where many rows drawn behind each other are faulty.
         """
         if self.is_checked:
             return [dict(row) for row in rows], []
@@ -185,10 +241,7 @@ class SoundRows:
             faults.append(vars(checked))
             row = self.table[dice.randrange(len(self.table))]
         path = self.checker.data.train_data
-        raise SettingsError(
-            f"{MOST_IN_A_ROW} rows drawn from {path} were all faulty, the last: "
-            f"{describe_faults(faults[-1:], most=1)[0]}. Run data_utils.py --check {path} to see all"
-        )
+        raise OutageError(f"{MOST_IN_A_ROW} rows drawn from {path} were all faulty, {_last(faults, path)}")
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -205,6 +258,7 @@ class FaultLog:
     def __init__(self, path: str, bad_rows_file: str, most_named: int = 100, names: bool = True) -> None:
         self.path, self.bad_rows_file, self.most_named, self.names = path, bad_rows_file, most_named, names
         self._state = self._file_state()
+        self._recent: deque[tuple[int, int]] = deque()  # drawn and faulty rows of the last batches
         self.drawn = self.skipped = 0
         self.known: set[tuple[int, int, str]] = set()
         if os.path.exists(bad_rows_file) and os.path.samefile(path, bad_rows_file):
@@ -214,10 +268,10 @@ class FaultLog:
         """Take down `faults` (line, entry, offset, fault) among so many drawn rows.
 
         Raises:
-            SettingsError: where over half of a hundred or more drawn rows were faulty, or the file was changed.
+            OutageError: where over half of the last hundred drawn rows were faulty, or the file was changed.
         """
         if self._file_state() != self._state:
-            raise SettingsError(f"{self.path} was changed while it is trained on: start again, or put it back")
+            raise OutageError(f"{self.path} was changed while it is trained on: put back what it was")
         self.drawn += drawn
         self.skipped += len(faults)
         for row in faults:
@@ -230,11 +284,14 @@ class FaultLog:
             if len(self.known) <= self.most_named:
                 print(f"{self.path}: skipped {describe_faults([row], most=1)[0].strip()}", flush=True)
             self._keep(row["offset"])
-        if self.drawn >= 100 and self.skipped > MOST_FAULTY * self.drawn:
-            raise SettingsError(
-                f"{self.skipped} of {self.drawn} rows drawn from {self.path} were faulty: run data_utils.py --check "
-                f"{self.path} to see all"
-            )
+        self._recent.append((drawn, len(faults)))
+        count, faulty = map(sum, zip(*self._recent, strict=True))
+        while count - self._recent[0][0] >= RECENT:
+            oldest = self._recent.popleft()
+            count, faulty = count - oldest[0], faulty - oldest[1]
+        if count >= RECENT and faulty > MOST_FAULTY * count:
+            reason = f"{faulty} of the last {count} rows drawn from {self.path} were faulty"
+            raise OutageError(f"{reason}, {_last(faults, self.path)}")
 
     def _file_state(self) -> tuple[int, int]:
         about = os.stat(self.path)
@@ -245,3 +302,8 @@ class FaultLog:
         with open(self.path, "rb") as source, open(self.bad_rows_file, "ab") as target:
             source.seek(offset)
             copy_line(source, target)
+
+
+def _last(faults: list[dict[str, Any]], path: str) -> str:
+    fault = describe_faults(faults[-1:], most=1)[0].strip()
+    return f"the last: {fault} (are the images there? data_utils.py --check {path} tells)"

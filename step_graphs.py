@@ -65,7 +65,11 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Records steps as CUDA graphs that share memory; the tables' shapes must not change for a key."""
+    """Records steps as CUDA graphs that share memory; the tables' shapes must not change for a key.
+
+    A step must have run under the same autocast: the copies of weights that it left there are what is recorded. Others
+    would stay for after the recording, where nothing fills them.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -77,15 +81,11 @@ class CudaRecorder:
         return self._record(step, table)
 
     def _record(self, step: Step, table: torch.Tensor) -> Step:
-        own = table.clone()
-        graph = torch.cuda.CUDAGraph()
-        kind, stream = torch.get_autocast_dtype("cuda"), _recording_stream(table.device)
+        own, graph, stream = table.clone(), torch.cuda.CUDAGraph(), _recording_stream(table.device)
         with (
             torch.cuda.device(table.device),
             # A recording that fails would leave its stream the current one.
             torch.cuda.stream(torch.cuda.current_stream(table.device)),
-            # Autocast would keep its copies of the weights for after the recording, where nothing fills them.
-            torch.autocast("cuda", kind, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
             # Other threads, such as those that load data or watch NCCL, may use the GPU meanwhile.
             torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
         ):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import parse_training
-from config import GRPOStageConfig, TrainingSettings, is_main_process
+from config import GRPOStageConfig, TrainingSettings, is_main_process, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -109,7 +109,6 @@ def build_trainer(
         ),
         rows=rows,
         fault_logs={"train": FaultLog(data.train_data, bad_rows, names=is_main_process())},
-        image_base=data.image_base_path,
         judge=Judge(config) if config.judge_url else None,
         on_rollouts=RolloutKeeper(keep, data.image_base_path, start) if keep else None,
     )
@@ -134,7 +133,7 @@ def run_grpo(settings: TrainingSettings) -> Path:
     """Train stage 2; returns the folder of the final model."""
     from checkpoints import claimed
     from model_utils import load_for_training
-    from training import begin, finish, train
+    from training import begin, explained_out_of_memory, finish, train
 
     config = settings.grpo
     with claimed(config.output_dir):
@@ -143,12 +142,14 @@ def run_grpo(settings: TrainingSettings) -> Path:
             return final
         start = config.sft_checkpoint or settings.model.model_name
         loaded = load_for_training(settings.model, settings.data, config, start)
-        trainer = build_trainer(loaded, settings)
+        with explained_out_of_memory(settings, "grpo", loaded.model):
+            trainer = build_trainer(loaded, settings)
         train(trainer, settings, "grpo")
         return finish(trainer, loaded, settings, "grpo", config.output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_gpu()
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("grpo",))
     settings.show()
     from training import exit_with_message

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from command_line import parse_training
-from config import TrainingSettings
+from config import TrainingSettings, use_one_gpu
 
 
 def run_training(settings: TrainingSettings) -> Path:
@@ -31,6 +31,7 @@ def run_training(settings: TrainingSettings) -> Path:
 
 
 def main(argv: list[str]) -> None:
+    use_one_gpu()
     if "--demo" in argv:
         from demo import main as run_demo
 

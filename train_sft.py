@@ -9,13 +9,14 @@ files that are checked as they are drawn.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_training
-from config import SettingsError, SFTStageConfig, TrainingSettings
+from config import SettingsError, SFTStageConfig, TrainingSettings, is_main_process, use_one_gpu
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -25,9 +26,30 @@ if TYPE_CHECKING:
     from trainers import CropSFTTrainer
 
 
+WORKERS, PREFETCHED = 4, 4  # of a training on a GPU, and batches that each holds ready
+ROW_BYTES = 2**24  # pixels of a row, as the model takes them
+
+
+def default_workers(batch_size: int) -> int:
+    """Images are read and resized ahead of the step. On a CPU the workers would take its cores.
+
+    Their batches lie in shared memory, of which a container has 64 MB unless it is told otherwise.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    shared, needed = Path("/dev/shm"), WORKERS * PREFETCHED * batch_size * ROW_BYTES
+    if not shared.is_dir() or shutil.disk_usage(shared).free >= needed:
+        return WORKERS
+    if is_main_process():
+        needs = f"workers need {needed / 2**30:.1f} GB of /dev/shm (docker run --shm-size)"
+        print(f"images are read between the steps: {needs}")
+    return 0
+
+
 def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
     """TRL's arguments for the stage; a field given by name in the stage's settings wins over what is set here."""
-    import torch
     from trl import SFTConfig
 
     from training import common_arguments
@@ -53,9 +75,10 @@ def sft_arguments(config: SFTStageConfig, has_validation: bool) -> SFTConfig:
             "greater_is_better": False,
         }
     values |= config.trl
-    if values.setdefault("dataloader_num_workers", 4 if torch.cuda.is_available() else 0):
-        # Images are read and resized ahead of the step. On a CPU the workers would take its cores.
-        values = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4} | values
+    if "dataloader_num_workers" not in values:
+        values["dataloader_num_workers"] = default_workers(values["per_device_train_batch_size"])
+    if values["dataloader_num_workers"]:
+        values = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": PREFETCHED} | values
     try:
         return SFTConfig(**values)
     except ValueError as error:
@@ -109,7 +132,7 @@ def run_sft(settings: TrainingSettings) -> Path:
     """Train stage 1; returns the folder of the final model."""
     from checkpoints import claimed
     from model_utils import load_for_training
-    from training import begin, finish, train
+    from training import begin, explained_out_of_memory, finish, train
 
     config = settings.sft
     with claimed(config.output_dir):
@@ -117,12 +140,14 @@ def run_sft(settings: TrainingSettings) -> Path:
         if final is not None:
             return final
         loaded = load_for_training(settings.model, settings.data, config, settings.model.model_name)
-        trainer = build_trainer(loaded, settings)
+        with explained_out_of_memory(settings, "sft", loaded.model):
+            trainer = build_trainer(loaded, settings)
         train(trainer, settings, "sft")
         return finish(trainer, loaded, settings, "sft", config.output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
+    use_one_gpu()
     settings = parse_training(argv, (__doc__ or "").split("\n")[0], stages=("sft",))
     settings.show()
     from training import exit_with_message

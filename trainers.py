@@ -25,7 +25,7 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from config import SettingsError
-from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens, load_image
+from conversation import IMAGE_PAD, IMAGE_TOKENS, Example, check_image_tokens
 from crop_tool import resolve_box
 from data_check import as_example
 from decoding import Decoder
@@ -42,6 +42,7 @@ from row_index import SoundRows
 from scoring import KeptFeatures, accept_features, group_rows, image_spans, kept_features, pack_rows
 from sft_data import FAULTS, ROWS, length_buckets
 from sharding import check_rollouts_possible, gather_head_with_the_model, whole_weights, zero_stage
+from vision_tower import speed_up
 from vllm_generation import VLLMEngine
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class CropSFTTrainer(Resumable, SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         drawn = inputs.pop(FAULTS, (len(inputs["labels"]), []))
-        self._count_faults("train" if self.model.training else "eval", *drawn)
+        try:
+            self._count_faults("train" if self.model.training else "eval", *drawn)
+        except OutageError as outage:  # met by this process alone
+            self.stop_reason = str(outage)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -168,18 +172,18 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         engine: Engine,
         sampling: SamplingParams,
         rows: SoundRows,
-        image_base: str,
         judge: Judge | None = None,
         on_rollouts: Callable[[CropGRPOTrainer, range, list[ScoredRollout]], None] | None = None,
         **kwargs: Any,
     ):
-        self.engine, self.sampling, self.image_base, self.judge = engine, sampling, image_base, judge
+        self.engine, self.sampling, self.judge = engine, sampling, judge
         self.rows, self.on_rollouts = rows, on_rollouts
         self._batch_rows: list[dict[str, Any]] = []
         self._batch_rollouts: list[Rollout] = []
         self._batch_references: list[Reference] = []
         self._batch_keys: list[Row] = []
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        self.data_collator = rows.announce  # called for a batch while the one before it is trained on
         if isinstance(engine, VLLMEngine):  # as an argument, `use_vllm` would start a vLLM of TRL's own
             self.use_vllm, self.vllm_generation, self._last_loaded_step = True, engine, -1
             engine.gathered = partial(whole_weights, self)
@@ -195,6 +199,8 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self.shares_prompts = base.config.get_text_config()._attn_implementation == "sdpa"
         self._decoder = Decoder(base, engine.renderer)
         self._image_processor = self.processing_class.image_processor
+        if self.ref_model is not None:  # which TRL has loaded by itself
+            speed_up(self.accelerator.unwrap_model(self.ref_model))
         for model in (base, self.ref_model):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)
@@ -237,10 +243,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         self.keep_border()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._batch_rows = self._sound(inputs)
-        if self.model.training:
-            self._batch_keys = [(row["line"], row["entry"]) for row in self._batch_rows]
         try:
+            self._batch_rows = self._sound(inputs)
+            if self.model.training:
+                self._batch_keys = [(row["line"], row["entry"]) for row in self._batch_rows]
             output = super()._generate_and_score_completions(self._batch_rows)
         except OutageError as outage:
             self.stop_before_this_step(str(outage))
@@ -258,15 +264,17 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
 
         `drawn`: rows of the training data, G of each group, of which some may be on other processes.
         """
-        rows, faults = self.rows(drawn)
+        with shared_outage():
+            rows, faults = self.rows(drawn)
         if not self.rows.is_checked:
             own = [[(row["line"], row["entry"]) for row in part] for part in (drawn, rows)]
             pairs = set(gather_object(list(zip(*own, strict=True))))
             keys = {key for key, _ in pairs}
             if len(keys) < len(pairs):  # a group of two prompts
-                self.stop_before_this_step("an image of the rows drawn can be read by some of the processes alone")
+                raise OutageError("an image of the rows drawn can be read by some of the processes alone")
             named = {(fault["line"], fault["entry"]): fault for fault in gather_object(faults)}
-            self._count_faults("train", len(keys | set(named)), list(named.values()))
+            with shared_outage():
+                self._count_faults("train", len(keys | set(named)), list(named.values()))
         return [row | {"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -365,17 +373,17 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
             places[row["line"], row["entry"]].append(place)
         examples = [as_example(self._batch_rows[group[0]]) for group in places.values()]
         with shared_outage():
-            originals = [self._image(example) for example in examples]
-        renderer = self.engine.renderer
+            images = [self._images(example) for example in examples]
         prompts = [
-            renderer.prompt(example.question, original) for example, original in zip(examples, originals, strict=True)
+            self.engine.renderer.prompt(example.question, original, shown)
+            for example, (original, shown) in zip(examples, images, strict=True)
         ]
         # In the precision in which the rollouts will be scored.
         with shared_outage(), self.weights_for_rollouts(), self.accelerator.autocast():
             counts = [len(group) for group in places.values()]
             rollouts = iter(self.engine.generate(prompts, self.sampling, counts, keep_features=self.keeps_features))
         found: dict[int, tuple[Rollout, Reference]] = {}
-        for example, original, group in zip(examples, originals, places.values(), strict=True):
+        for example, (original, _), group in zip(examples, images, places.values(), strict=True):
             reference = self._reference(example, original.size)
             found |= {place: (next(rollouts), reference) for place in group}
         pairs = [found[place] for place in range(len(self._batch_rows))]
@@ -399,9 +407,10 @@ class CropGRPOTrainer(Resumable, GRPOTrainer):
         """Whole weights, where our engine decodes with them; vLLM has its own."""
         return nullcontext() if self.use_vllm else whole_weights(self)
 
-    def _image(self, example: Example) -> Image.Image:
+    def _images(self, example: Example) -> tuple[Image.Image, Image.Image]:
+        """Original and shown."""
         try:
-            return load_image(example.image_path, self.image_base)
+            return self.rows.images(example.image_path)
         except ValueError as error:  # it was sound when the data were checked
             raise OutageError(f"{example.name}: {error}") from None
 

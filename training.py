@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import resource
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -32,9 +33,9 @@ from checkpoints import (
     set_aside,
 )
 from config import SETTINGS_FILE, SettingsError, StageConfig, TrainingSettings, is_main_process
-from memory_model import out_of_memory_message, run_of
+from memory_model import is_out_of_memory, out_of_memory_message, run_of
 from model_utils import LoadedModel, save_final_model, weights_digest
-from resuming import StopOnSignal
+from resuming import StopInOrder
 from sharding import zero_stage
 from traces import write_whole
 from trackers import check_trackers
@@ -210,7 +211,7 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     model, output = trainer.model, Path(config.output_dir)
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     kinds = [part._attn_implementation for part in (model.config.get_text_config(), model.config.vision_config)]
-    attention, vision = (kind.removeprefix("segmented_") for kind in kinds)  # the same kernels (packing.py)
+    attention, vision = ("sdpa" if "sdpa" in kind else kind for kind in kinds)  # of packing.py and vision_tower.py too
     attention += " attention" if vision == attention else f" attention, {vision} in the vision tower"
     say = print if is_main_process() else (lambda *_: None)
     say(f"{trained:,} of {total:,} parameters train; {attention}; device {trainer.args.device}")
@@ -223,7 +224,7 @@ def train(trainer: Trainer, settings: TrainingSettings, stage: str) -> None:
     if checkpoint is None and is_main_process():
         with full_disk_reported(output, ORIGIN_FILE):
             write_whole(output / ORIGIN_FILE, (json.dumps(origin(settings, stage)) + "\n").encode())
-    stop = StopOnSignal()
+    stop = StopInOrder(trainer)
     trainer.add_callback(stop)
     try:
         with stop.listening():
@@ -249,7 +250,7 @@ def _train_from(
     checkpoint: str | None, trainer: Trainer, settings: TrainingSettings, stage: str, say: Callable[..., None]
 ) -> None:
     if checkpoint is None:
-        with explained_out_of_memory(trainer, settings, stage):
+        with explained_out_of_memory(settings, stage, trainer.model, trainer):
             trainer.train()
         return
     check_resumable(checkpoint, settings, stage)
@@ -260,33 +261,33 @@ def _train_from(
         trainer.state = state
         return
     say(f"resuming from {checkpoint}")
-    with explained_out_of_memory(trainer, settings, stage):
+    with explained_out_of_memory(settings, stage, trainer.model, trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host, which torch reports in words only."""
-    words = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
-
-
 @contextlib.contextmanager
-def explained_out_of_memory(trainer: Trainer, settings: TrainingSettings, stage: str) -> Iterator[None]:
-    """Out of memory ends a run with the settings that would help most, not with a traceback."""
+def explained_out_of_memory(
+    settings: TrainingSettings, stage: str, model: PreTrainedModel | PeftModel, trainer: Trainer | None = None
+) -> Iterator[None]:
+    """Out of memory ends a run with the settings that would help most, not with a traceback.
+
+    trainer: None while it is being made, which brings the model to the GPU.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sharding = {2: "zero2", 3: "zero3"}.get(zero_stage(trainer), "fsdp2" if trainer.is_fsdp_enabled else "ddp")
-        longest = max(trainer.train_dataset["length"])
-        run = run_of(settings, stage, trainer.args.world_size, sharding, longest)
-        if isinstance(trainer.model, PeftModel):  # also one that was trained before, whatever `use_lora` says
+        sharding, longest = "ddp", None
+        if trainer is not None:
+            sharding = {2: "zero2", 3: "zero3"}.get(zero_stage(trainer), "fsdp2" if trainer.is_fsdp_enabled else "ddp")
+            longest = max(trainer.train_dataset["length"])
+        run = run_of(settings, stage, int(os.environ.get("WORLD_SIZE", "1")), sharding, longest)
+        if isinstance(model, PeftModel):  # also one that was trained before, whatever `use_lora` says
             method = "qlora" if settings.model.load_in_4bit else "lora"
-            rank = trainer.model.peft_config["default"].r
-            run = dataclasses.replace(run, method=method, lora_r=rank, half_weights=False)
-        model = Architecture.from_config(trainer.model.config.to_dict())
-        raise SettingsError(out_of_memory_message(model, run, stage, torch.cuda.is_available())) from None
+            run = dataclasses.replace(run, method=method, lora_r=model.peft_config["default"].r, half_weights=False)
+        architecture = Architecture.from_config(model.config.to_dict())
+        raise SettingsError(out_of_memory_message(architecture, run, stage, torch.cuda.is_available())) from None
 
 
 def find_checkpoint(output: Path, say: Callable[[str], Any]) -> str | None:

@@ -92,6 +92,7 @@ class Allocator:
 
 def measure(shape: str, run: Run, tokens: int, fake: bool, device: str = "cpu") -> tuple[Architecture, dict[str, int]]:
     """Bytes of updates of `run.batch_size` rows of `tokens`: kept between steps, kept for backward, and at the peak."""
+    gc.collect()  # a model with TRL's head is in a cycle: the one before would still be there
     renderer = build_renderer()
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
         dtype = torch.bfloat16 if run.base_bytes == 2 else torch.float32
@@ -178,7 +179,11 @@ def main() -> None:
     rows, ratios = [], []
     for name, run in cases.items():
         run = replace(run, batch_size=args.rows)
-        model, found = measure(args.shape, run, args.tokens, fake, args.device)
+        try:
+            model, found = measure(args.shape, run, args.tokens, fake, args.device)
+        except torch.OutOfMemoryError:
+            print(f"{name}: does not fit on this GPU", flush=True)
+            continue
         parts = state_bytes(model, run) | update_bytes(model, run, 0.0, args.rows, args.tokens, args.rows * args.tokens)
         modelled = sum(parts.values())
         ratios.append(modelled / found["peak"])

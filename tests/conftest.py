@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU: what is compared is float32 of a CPU
 _datasets_cache = tempfile.TemporaryDirectory(prefix="datasets-", ignore_cleanup_errors=True)
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
 os.environ["TRACKIO_DIR"] = os.path.join(_datasets_cache.name, "trackio")

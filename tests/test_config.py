@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import config
+import train_grpo
+import train_qwenvl_25
+import train_sft
 from command_line import parse_pass_through, parse_training, resolve_training
 from config import SETTINGS_FILE, InferenceConfig, SettingsError, build, convert, trl_fields
 
@@ -358,6 +362,24 @@ def test_a_typo_ends_a_command_with_one_line_and_no_traceback(script):
     done = subprocess.run([sys.executable, ROOT / script, "--lerning_rate", "1"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{script}: unknown flag --lerning_rate. Did you mean 'learning_rate'?\n"
+
+
+@pytest.mark.parametrize("command", [train_sft, train_grpo, train_qwenvl_25])
+@pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("2,3", "2"), ("GPU-a1", "GPU-a1"), ("", "")])
+def test_a_command_without_a_launcher_sees_one_gpu(monkeypatch, command, given, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    if given is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    with pytest.raises(SystemExit):
+        command.main(["--lerning_rate", "1"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_a_process_of_a_launcher_sees_the_gpus_that_it_was_given(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    config.use_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 # -------------------------------------------------------------------------------------- kept and printed

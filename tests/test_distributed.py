@@ -75,7 +75,8 @@ def ddp(base_folder, data_folder, tmp_path_factory):
     (folder / "fresh.jsonl").write_text("\n".join(rows) + "\n")
     half = [line if n % 2 else line.replace(".jpg", ".gone.jpg") for n, line in enumerate(rows)]
     (folder / "half_faulty.jsonl").write_text("\n".join(half) + "\n")
-    names = ["data_check", "sft", "order", "grpo", "cut", "group", "stand_in", "blind", "outage", "unshared_disk"]
+    names = ["data_check", "sft", "order", "grpo", "cut", "group", "stand_in", "blind", "outage"]
+    names += ["faults", "unshared_disk"]
     return folder, run_scenarios(base_folder, data_folder, folder, names)
 
 
@@ -215,6 +216,12 @@ def test_what_one_process_misses_stops_all_with_a_checkpoint_that_goes_on(ddp):
         assert "missing image. Stopped before step 2; " in result["cut"]["stopped"]
         assert "outage/checkpoint-1 is saved: the same command goes on from it" in result["cut"]["stopped"]
         assert result["resumed"] == result["straight"]
+
+
+def test_faulty_rows_of_one_process_stop_all_at_the_end_of_the_step(ddp):
+    rest = "faults/checkpoint-2 is saved: the same command goes on from it"
+    for result, reason in zip(ddp[1]["faults"], ("stopped by another process", "faulty rows"), strict=True):
+        assert result["stopped"].startswith(f"{reason}; ") and result["stopped"].endswith(rest)
 
 
 # --------------------------------------------------------------------------------------- sharded (FSDP2)

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from judge_server import completion
 
 import evaluate as evaluate_module
 from benchmark_data import read_questions
 from config import EvaluationConfig, SettingsError, build
 from crop_tool import Box, CropContract, ToolCall
+from decoding import Decoder
 from evaluate import ask, chosen_traces, evaluate, main, page
 from generation import CropEngine
 from measures import Answer, measure
@@ -155,7 +157,7 @@ def test_kill_9_loses_no_finished_answer(config, tmp_path):
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags]
     answers = Path(config.output, "answers.jsonl")
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while time.monotonic() < limit and run.poll() is None:
             if answers.is_file() and answers.read_bytes().count(b"\n") >= 4:
                 break
@@ -366,3 +368,28 @@ def test_ctrl_c_ends_the_command_in_one_line_that_says_how_to_go_on(tmp_path, mo
     assert re.fullmatch(
         r"evaluate.py: stopped by Ctrl-C\. .*the same command goes on from there\n", capsys.readouterr().err
     )
+
+
+def test_out_of_memory_ends_the_command_with_a_smaller_batch_and_keeps_the_answers(config, monkeypatch, capsys):
+    flags = ["--model_path", config.model_path, "--data", config.data, "--output", config.output]
+    flags += ["--max_new_tokens", "4", "--ablate_crops", "none"]
+    forward = Decoder.forward
+
+    def fail(self, *args, **kwargs):
+        if Path(config.output, "answers.jsonl").read_bytes().count(b"\n") > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", fail)
+        patch.setattr(evaluate_module, "ROUNDS", 1)
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, "--batch_size", "4"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1
+    assert said.startswith(
+        "evaluate.py: out of memory: --batch_size 2, or a bound by --max_batch_tokens. The answers so far"
+    )
+    kept = Path(config.output, "answers.jsonl").read_bytes()
+    main([*flags, "--batch_size", "2"])
+    assert Path(config.output, "answers.jsonl").read_bytes().startswith(kept) and kept.count(b"\n") > 1

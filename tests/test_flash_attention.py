@@ -19,8 +19,10 @@ from test_trainers import LORA, grpo_trainer, length_part, settings_for
 
 import model_utils
 from training import train
+from vision_tower import WINDOWED_SDPA
 
 FLASH = "flash_attention_2"
+SDPA = ["sdpa", WINDOWED_SDPA]  # language model, vision tower
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
@@ -95,7 +97,7 @@ def test_rollouts_and_updates_are_those_of_sdpa(base_folder, data_folder, tmp_pa
         monkeypatch.setattr(model_utils, "resolve_attention", lambda *_, chosen=chosen: chosen)
         settings = settings_for("grpo", base_folder, data_folder, tmp_path, beta=0.1, save_strategy="no", max_crops=2)
         loaded, trainer = grpo_trainer(settings, (length_part(),))
-        assert attention_of(loaded.model)[1] == (chosen if isinstance(chosen, str) else FLASH)
+        assert attention_of(loaded.model)[1] == (WINDOWED_SDPA if chosen == "sdpa" else FLASH)
         train(trainer, settings, "grpo")
         logged = [item for item in trainer.state.log_history if "loss" in item]
         runs.append([[rollout.text for rollout in trainer._batch_rollouts], logged])
@@ -108,15 +110,15 @@ def test_rollouts_and_updates_are_those_of_sdpa(base_folder, data_folder, tmp_pa
 
 
 def test_auto_takes_it_for_the_vision_tower_alone_and_does_without_where_it_fails(base_folder, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or find_spec(name))
     assert attention_of(model_utils.load_weights(str(base_folder), torch.bfloat16, "auto", True)) == ["sdpa", FLASH]
-    assert attention_of(model_utils.load_weights(str(base_folder), torch.float32, "auto", False)) == ["sdpa", "sdpa"]
+    assert attention_of(model_utils.load_weights(str(base_folder), torch.float32, "auto", False)) == SDPA
     assert attention_of(model_utils.load_weights(str(base_folder), torch.bfloat16, FLASH, True)) == [FLASH, FLASH]
 
     def broken(*_, **__):
         raise ImportError("undefined symbol")
 
     monkeypatch.setitem(flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "general_availability_check", broken)
-    assert attention_of(model_utils.load_weights(str(base_folder), torch.bfloat16, "auto", True)) == ["sdpa", "sdpa"]
+    assert attention_of(model_utils.load_weights(str(base_folder), torch.bfloat16, "auto", True)) == SDPA
     assert "flash-attn is installed but cannot be used (undefined symbol): using sdpa" in caplog.text

@@ -200,6 +200,22 @@ def test_a_file_that_cannot_be_written_ends_the_command_in_one_line(base_folder,
     assert "picture.png" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_out_of_memory_ends_the_command_with_what_takes_less(base_folder, picture, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("decoding.Decoder.forward", fail)
+    picture.save(tmp_path / "picture.png")
+    with pytest.raises(SystemExit) as stop:
+        command.main(
+            ["--model_path", str(base_folder), "--image_path", str(tmp_path / "picture.png"), "--question", "a"]
+        )
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        "inference.py: out of memory: --dtype bfloat16, or fewer --max_new_tokens or --max_crops\n"
+    )
+
+
 def test_a_question_that_does_not_fit_max_batch_tokens_is_refused(base_folder, picture):
     answering = QwenVLInference(InferenceConfig(str(base_folder), max_new_tokens=10, max_batch_tokens=20))
     with pytest.raises(SettingsError, match="max_batch_tokens is 20, but prompt 0 has"):

@@ -11,7 +11,7 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         (
-            "config crop_tool demo_world model_card",
+            "config crop_tool demo_world model_card vision_tower",
             "response_format model_utils answer_rules architecture box_frames command_line demo_model patience",
             "conversation rewards traces judge memory_model checkpoints",
             "data_check data_sheet token_view visualize rollouts benchmark_data format_parts vllm_server",

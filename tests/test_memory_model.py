@@ -3,9 +3,12 @@
 python -m pytest tests/test_memory_model.py
 """
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from config import SettingsError
 from memory_model import Run, peak, phases, savings, state_bytes, update_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_memory
 from bench_memory import measure
 
 MODEL_7B = ARCHITECTURES["Qwen/Qwen2.5-VL-7B-Instruct"]
@@ -82,6 +86,25 @@ def _holds(shape: str, run: Run, tokens: int, monkeypatch, fake: bool) -> None:
     assert update["activations"] == pytest.approx(measured["kept for backward"], rel=0.15)
 
 
+def test_a_measurement_begins_without_the_model_of_the_one_before(monkeypatch):
+    build, models, before = bench_memory.build_model, [], []
+
+    def noted(*args):
+        before.append([model for model in models if model() is not None])
+        model = build(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(bench_memory, "build_model", noted)
+    gc.disable()
+    try:
+        for _ in range(2):
+            measure("tiny", Run(method="full", half=False, batch_size=1), 32, fake=False)
+    finally:
+        gc.enable()
+    assert before == [[], []]
+
+
 def test_a_measurement_counts_what_lives_and_forgets_what_is_freed():
     from bench_memory import PeakBytes
 
@@ -116,7 +139,8 @@ def test_a_bound_of_the_cache_bounds_the_rollouts():
 def test_out_of_memory_names_the_three_settings_that_save_most():
     run = Run(batch_size=8, gradient_checkpointing=False)
     found = savings(MODEL_7B, run, "sft")
-    assert [value for _, value in found] == sorted((value for _, value in found), reverse=True)
+    values = [value for flags, value in found if "skips rows" not in flags]
+    assert values == sorted(values, reverse=True) and len(values) == len(found) - 1
     assert found[0][0] == "--gradient_checkpointing true"
     assert found[1][0] == "--batch_size 4 --gradient_accumulation_steps 16"
     message = memory_model.out_of_memory_message(MODEL_7B, run, "sft")
@@ -124,6 +148,18 @@ def test_out_of_memory_names_the_three_settings_that_save_most():
     assert "--beta" not in message, "SFT has none"
     rollouts = savings(MODEL_7B, Run(batch_size=16, gradient_accumulation_steps=16, rollout_batch_size=256), "grpo")
     assert rollouts[0][0].startswith("--max_batch_tokens")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_three_settings_are_left_but_for_a_single_row_on_4_bit_weights(stage, method):
+    for batch, checkpointing, half, on_gpu in product((1, 2), *[(True, False)] * 3):
+        run = Run(method=method, batch_size=batch, gradient_checkpointing=checkpointing, half=half, lora_r=8)
+        found = savings(MODEL_7B, run, stage, on_gpu)
+        assert len({flags for flags, _ in found}) == len(found)
+        assert len(found) >= (2 if (stage, method, batch) == ("sft", "qlora", 1) else 3), run
+        if stage == "sft" and batch > 1:
+            assert "skips rows" in found[-1][0], "the last resort"
 
 
 def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
@@ -148,6 +184,23 @@ def test_training_that_runs_out_of_memory_ends_with_settings_and_no_traceback(
     assert lines[0].startswith("train_sft.py: out of memory. SFT takes about")
     assert 3 <= len(lines) <= 4 and "--batch_size 2 --gradient_accumulation_steps 8" in lines[1]
     assert torch.cuda.is_available() or not any("--bf16" in line for line in lines), "refused on a CPU"
+
+
+def test_a_model_that_does_not_fit_when_the_trainer_is_made_ends_in_the_same_message(
+    base_folder, data_folder, tmp_path, monkeypatch
+):
+    """What the driver refuses by itself is no error of torch's allocator."""
+    from test_trainers import settings_for
+
+    import train_sft
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr("trainers.CropSFTTrainer._move_model_to_device", fail)
+    settings = settings_for("sft", base_folder, data_folder, tmp_path)
+    with pytest.raises(SettingsError, match=r"out of memory\. SFT takes about [^\n]*\n.*by the memory model:\n  --"):
+        train_sft.run_sft(settings)
 
 
 def test_out_of_memory_knows_an_adapter_that_is_trained_on(base_folder, data_folder, tmp_path, monkeypatch):

@@ -122,6 +122,13 @@ def test_weights_that_train_stay_float32_unless_asked(settings, stage, dtype):
     assert training_dtype(ModelConfig(**settings), stage, stage.use_lora) == dtype
 
 
+def test_float16_weights_that_would_train_under_a_gradient_scaler_are_refused():
+    model, stage = ModelConfig(dtype="float16"), SFTStageConfig(fp16=True)
+    with pytest.raises(SettingsError, match="leave --dtype out, or add --use_lora"):
+        training_dtype(model, stage, on_adapter=False)
+    assert training_dtype(model, stage, on_adapter=True) == torch.float16
+
+
 def test_pickled_weights_are_refused(base_folder, tiny_model, tmp_path):
     shutil.copytree(base_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(tiny_model.state_dict(), tmp_path / "pickled/pytorch_model.bin")

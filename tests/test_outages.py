@@ -21,9 +21,10 @@ import torch
 from judge_server import Handler, Server, completion
 from PIL import Image
 from test_resume import assert_same_run
-from test_trainers import grpo_trainer, length_part, settings_for
+from test_trainers import grpo_trainer, length_part, settings_for, sft_trainer
 
 import patience
+import row_index
 from checkpoints import StoppedError, checkpoints_in, fault_of
 from conversation import IMAGE_PAD, Renderer
 from crop_tool import CALL_CLOSE
@@ -243,22 +244,29 @@ def test_an_outage_while_the_crop_gain_is_measured_stops_before_a_step_and_not_a
     assert_same_run(whole, resumed)
 
 
-def test_an_image_that_goes_after_the_check_stops_rgrpo_with_a_checkpoint_and_its_row(
-    base_folder, data_folder, tmp_path
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        ("full", r"line \d+, QnA\[\d\]: missing image"),
+        ("lazy", r"100 rows drawn from .* were all faulty, the last: line \d+, QnA\[\d\]: missing image"),
+    ],
+)
+def test_images_that_go_after_the_start_stop_rgrpo_with_a_checkpoint_and_their_row(
+    base_folder, data_folder, tmp_path, check, reason
 ):
     shutil.copytree(data_folder, tmp_path / "data")
-    flags = {"max_steps": 3, "save_steps": 100}
+    flags = {"max_steps": 3, "save_steps": 100, "data_check": check}
     settings = settings_for("grpo", base_folder, tmp_path / "data", tmp_path / "cut", **flags)
     _, trainer = grpo_trainer(settings, (length_part(),))
-    load = trainer._image
+    announce = trainer.rows.images.announce
 
-    def gone(example):
-        if trainer.state.global_step == 1 and (tmp_path / "data/images").is_dir():
+    def gone(paths):
+        if trainer.state.global_step == 1:  # the third batch is asked for before the second step
             (tmp_path / "data/images").rename(tmp_path / "data/moved")
-        return load(example)
+        announce(paths)
 
-    trainer._image = gone
-    with pytest.raises(StoppedError, match=r"line \d+, QnA\[\d\]: missing image .*checkpoint-1 is saved"):
+    trainer.rows.images.announce = gone
+    with pytest.raises(StoppedError, match=reason + ".*checkpoint-2 is saved"):
         train(trainer, settings, "grpo")
     (tmp_path / "data/moved").rename(tmp_path / "data/images")
     trained = []
@@ -267,6 +275,29 @@ def test_an_image_that_goes_after_the_check_stops_rgrpo_with_a_checkpoint_and_it
         trained.append(grpo_trainer(settings, (length_part(),))[1])
         train(trained[-1], settings, "grpo")
     assert_same_run(*trained)
+
+
+def test_images_that_go_after_the_start_stop_sft_with_a_checkpoint(base_folder, data_folder, tmp_path, monkeypatch):
+    """Else it would go on for hours without a row to learn from."""
+    monkeypatch.setattr(row_index, "RECENT", 8)
+    shutil.copytree(data_folder, tmp_path / "data")
+    flags = {"max_steps": 9, "save_steps": 100, "data_check": "lazy", "batch_size": 4}
+    settings = settings_for("sft", base_folder, tmp_path / "data", tmp_path / "out", **flags)
+    _, trainer = sft_trainer(settings)
+    step = trainer.training_step
+
+    def gone(*args):
+        if trainer.state.global_step == 2:
+            (tmp_path / "data/images").rename(tmp_path / "data/moved")
+        return step(*args)
+
+    trainer.training_step = gone
+    with pytest.raises(StoppedError, match=r"8 of the last 8 rows .* faulty, .*missing image.*checkpoint-6 is saved"):
+        train(trainer, settings, "sft")
+    (tmp_path / "data/moved").rename(tmp_path / "data/images")
+    _, trainer = sft_trainer(settings)
+    train(trainer, settings, "sft")
+    assert trainer.state.global_step == 9 and trainer.fault_logs["train"].skipped == 8
 
 
 def test_a_server_is_told_the_whole_path_of_the_weights(serve, renderer, monkeypatch, tmp_path):

@@ -31,7 +31,7 @@ from checkpoints import (
 )
 from config import SettingsError
 from crop_tool import CropContract
-from resuming import StopOnSignal
+from resuming import StopInOrder
 from training import ORIGIN_FILE, begin, exit_with_message, find_checkpoint, finish, train
 
 ROOT = Path(__file__).parent.parent
@@ -416,7 +416,7 @@ def test_torchs_own_error_on_a_full_disk_is_known(tmp_path, monkeypatch):
 
 
 def test_a_second_signal_quits_at_once_and_the_commands_exit_code_says_which(capsys):
-    stop = StopOnSignal()
+    stop = StopInOrder(SimpleNamespace(stop_reason=""))
     with pytest.raises(SystemExit) as ended, exit_with_message("train_sft.py"), stop.listening():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a launcher passes the terminal's Ctrl-C on: counted once

@@ -1,6 +1,7 @@
 """R-GRPO on a long file: rows are checked when they are drawn, and a sound one stands in for a faulty one."""
 
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,12 @@ from test_resume import assert_same_run, run
 from test_sft_data import LAZY, faulty, several  # noqa: F401 - faulty is a fixture
 from test_trainers import grpo_trainer, length_part, settings_for
 
-from config import DataConfig, SettingsError
+import row_index
+from config import DataConfig
 from data_check import Checker, check_file
+from patience import OutageError
 from row_index import MOST_IN_A_ROW, SoundRows, load_training_rows
+from training import train
 from watching import fixed_questions
 
 GRPO = {"max_steps": 6, "gradient_accumulation_steps": 1, "steps_per_generation": 1, "save_steps": 1, "beta": 0}
@@ -54,7 +58,7 @@ def test_a_long_block_of_faulty_rows_does_not_stop_the_run_a_faulty_file_does(im
     assert all(item["line"] <= 300 for item in found) and len({item["line"] for item in found}) > 50
     assert 100 <= len(faults) < 300, "of two in five, some more than those that were drawn"
     rows.table = rows.table.select(range(300, 500))
-    with pytest.raises(SettingsError, match=r"100 rows drawn from .* were all faulty, the last: +line .* --check"):
+    with pytest.raises(OutageError, match=r"100 rows drawn from .* were all faulty, the last: line .* --check"):
         rows([rows.table[0]])
 
 
@@ -121,3 +125,36 @@ def test_the_index_finds_the_entries_of_all_json_that_the_check_reads(images, re
     assert len(checked) == 3 and not any(checked["fault"])
     index = load_training_rows(replace(data, **LAZY), renderer, str(tmp_path / "bad.jsonl"))
     assert [(row["line"], row["entry"]) for row in index] == [(1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["lazy", "full"])
+def test_images_are_read_once_and_in_threads_ahead_of_the_step(
+    base_folder, data_folder, long_file, tmp_path, monkeypatch, kind
+):
+    """Two steps a batch of rollouts: the second announces what the first did."""
+    flags = {**GRPO, "steps_per_generation": 2, "train_data": str(long_file[1]), "data_check": kind}
+    settings = settings_for("grpo", base_folder, data_folder, tmp_path / "out", **flags)
+    _, trainer = grpo_trainer(settings, (length_part(),))
+    ahead, load = trainer.rows.images, row_index.load_image
+    read, announced, asked = [], {}, {}
+
+    def load_image(path, base):
+        read.append((path, threading.current_thread().name))
+        return load(path, base)
+
+    class Images:
+        def announce(self, paths):
+            paths = list(paths)
+            announced.update({path: trainer.state.global_step for path in paths if path not in announced})
+            ahead.announce(paths)
+
+        def __call__(self, path):
+            asked[path] = trainer.state.global_step
+            return ahead(path)
+
+    monkeypatch.setattr(row_index, "load_image", load_image)
+    trainer.rows.images = Images()
+    train(trainer, settings, "grpo")
+    assert sorted(path for path, _ in read) == sorted(set(announced)) and set(asked) <= set(announced)
+    assert all(thread.startswith("images ahead") for _, thread in read)
+    assert max(asked.values()) == 4 and all(announced[path] == max(step - 1, 0) for path, step in asked.items())

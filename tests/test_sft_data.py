@@ -4,15 +4,18 @@ import builtins
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_data_utils import FAULTS, images, row, write  # noqa: F401 - images is a fixture
 
 import row_index
+import train_sft
 from config import DataConfig, SettingsError
 from conversation import IGNORED
 from data_check import check_file
+from patience import OutageError
 from row_index import FaultLog, is_lazy, load_training_rows
 from sft_data import FAULTS as FAULTS_KEY
 from sft_data import ROWS, ExampleEncoder, SFTCollator, length_buckets
@@ -101,8 +104,17 @@ def test_mostly_faulty_rows_stop_the_run_at_start_or_when_drawn(images, renderer
     log = FaultLog(path, str(tmp_path / "bad.jsonl"))
     fault = {"line": 1, "entry": 0, "offset": 0, "fault": "missing image none.jpg"}
     log.add(99, [fault] * 60)
-    with pytest.raises(SettingsError, match=r"61 of 100 rows drawn from .* were faulty: run data_utils\.py --check"):
+    with pytest.raises(
+        OutageError, match=r"61 of the last 100 rows drawn from .* were faulty, .*data_utils\.py --check"
+    ):
         log.add(1, [fault])
+    log = FaultLog(path, str(tmp_path / "bad.jsonl"))
+    for _ in range(100):
+        log.add(10, [])
+    for _ in range(5):
+        log.add(10, [fault] * 10)
+    with pytest.raises(OutageError, match="60 of the last 100 rows"):
+        log.add(10, [fault] * 10)
 
 
 def test_a_file_changed_while_it_is_trained_on_is_refused(images, renderer, tmp_path):  # noqa: F811
@@ -111,7 +123,7 @@ def test_a_file_changed_while_it_is_trained_on_is_refused(images, renderer, tmp_
     log.add(1, [])
     with open(path, "ab") as file:
         file.write(b"\n")
-    with pytest.raises(SettingsError, match="was changed while it is trained on"):
+    with pytest.raises(OutageError, match="was changed while it is trained on"):
         log.add(1, [])
 
 
@@ -206,6 +218,16 @@ def test_a_drawn_row_is_encoded_as_a_checked_one_in_this_process_or_a_worker(
     assert drawn[0] == [*drawn[1], (8, 0)] and len(drawn[1]) == 8
     for one, two in zip(lazy, full, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("free", "workers"), [(2**26, 0), (2**34, 4)])
+def test_workers_read_images_for_a_gpu_where_shared_memory_holds_their_batches(monkeypatch, capsys, free, workers):
+    """Docker gives 64 MB: a worker would die of a bus error."""
+    assert train_sft.default_workers(4) == 0, "of a CPU they would take the cores"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_sft.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert train_sft.default_workers(4) == workers
+    assert ("need 1.0 GB of /dev/shm" in capsys.readouterr().out) == (not workers)
 
 
 def test_an_image_that_goes_after_the_check_is_a_named_fault_and_not_a_crash(images, renderer, tmp_path):  # noqa: F811

@@ -6,16 +6,21 @@ too, the operations of one step on the tensors of that step, with every number t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from test_generation import scripted
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
 import kv_cache
+import step_graphs
 from generation import CropEngine, SamplingParams
 from step_graphs import MOST_GRAPHS, StepGraphs
 
@@ -76,6 +81,18 @@ def test_replayed_steps_sample_the_same_tokens_with_the_same_log_probs(
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+def test_benchmarks_count_the_steps_that_are_replayed(tiny_model, renderer, prompts, request, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from common import counted
+
+    with counted(tiny_model) as eager:
+        rollouts(tiny_model, renderer, prompts, 4)
+    request.getfixturevalue("recorder")
+    with counted(tiny_model) as replayed:
+        rollouts(tiny_model, renderer, prompts, 4)
+    assert replayed == eager and eager.steps > 60
+
+
 def test_a_step_reads_no_number_and_changes_no_shape_on_the_way(tiny_model, renderer, prompts, recorder):
     """What a CUDA graph cannot record: a value that comes back to Python, or a shape that depends on values."""
     rollouts(tiny_model, renderer, prompts, 4)
@@ -93,6 +110,32 @@ def test_no_more_recordings_are_kept_than_a_few_and_none_after_clear():
     assert list(graphs.recorded) == [3, 4, 5, 6]
     graphs.clear()
     assert not graphs.recorded
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_recording_casts_no_weight_that_the_step_has_cast(monkeypatch):
+    """On a GPU that is not there: tensors without values, and recording is running."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(step_graphs, "_recording_stream", lambda device: None)
+    for name in ("graph_pool_handle", "CUDAGraph", "current_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        layer, table = torch.nn.Linear(8, 8, device="cuda"), torch.zeros(2, 8, device="cuda")
+        with Casts() as first:
+            layer(table)
+        with Casts() as recorded:
+            step_graphs.CudaRecorder()._record(layer, table)
+    assert (first.count, recorded.count) == (3, 1)
 
 
 def fails(step, table):

@@ -226,14 +226,14 @@ class Group:
         def run(name: str, misses: bool = False) -> dict[str, Any]:
             settings = self.settings("grpo", name, max_steps=3, save_strategy="steps", save_steps=100)
             _, trainer = self.grpo_trainer(settings)
-            load = trainer._image
+            load = trainer._images
 
             def image(example: Any) -> Any:
                 if misses and RANK == 1 and trainer.state.global_step == 1:
                     raise OutageError(f"{example.name}: missing image")
                 return load(example)
 
-            trainer._image = image
+            trainer._images = image
             try:
                 train(trainer, settings, "grpo")
             except StoppedError as stopped:
@@ -241,6 +241,24 @@ class Group:
             return {**steps(trainer), **weights(trainer)}
 
         return {"straight": run("straight"), "cut": run("outage", misses=True), "resumed": run("outage")}
+
+    def faults(self) -> dict[str, Any]:
+        """SFT in which nearly all rows of the second process are faulty at the second step."""
+        settings = self.settings("sft", "faults", max_steps=4, save_strategy="steps", save_steps=100)
+        _, trainer = self.sft_trainer(settings)
+        count = trainer._count_faults
+
+        def counted(*args: Any) -> None:
+            count(*args)
+            if RANK == 1 and trainer.state.global_step == 1:
+                raise OutageError("faulty rows")
+
+        trainer._count_faults = counted
+        try:
+            train(trainer, settings, "sft")
+        except StoppedError as stopped:
+            return {"stopped": str(stopped)}
+        return {"stopped": ""}
 
     def unshared_disk(self) -> dict[str, Any]:
         """Only the first process finds a checkpoint."""
