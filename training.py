@@ -138,10 +138,12 @@ def begin(title: str, settings: TrainingSettings, stage: str) -> Path | None:
 
 def origin(settings: TrainingSettings, stage: str) -> dict[str, Any]:
     """What a run began from, beside its settings: the model it trains, by its weights, and its data."""
-    config = getattr(settings, stage)
-    start = getattr(config, "sft_checkpoint", None) or settings.model.model_name
-    data = settings.data.train_data
+    start, data = _start(settings, stage), settings.data.train_data
     return {"model": [start, weights_digest(start)], "data": [data, checksum(data)]}
+
+
+def _start(settings: TrainingSettings, stage: str) -> str:
+    return getattr(getattr(settings, stage), "sft_checkpoint", None) or settings.model.model_name
 
 
 def check_origin(settings: TrainingSettings, stage: str) -> None:
@@ -153,15 +155,16 @@ def check_origin(settings: TrainingSettings, stage: str) -> None:
     output = Path(getattr(settings, stage).output_dir)
     if not (output / ORIGIN_FILE).is_file() or not (checkpoints_in(output) or (output / "final_model").is_dir()):
         return
-    before, now = json.loads((output / ORIGIN_FILE).read_text(encoding="utf-8")), origin(settings, stage)
-    (start, weights), (data, _) = now["model"], now["data"]
-    if before["model"][0] == start and before["model"][1] != weights:
+    before, start = json.loads((output / ORIGIN_FILE).read_text(encoding="utf-8")), _start(settings, stage)
+    if before["model"][0] == start and before["model"][1] != weights_digest(start):
         raise SettingsError(
             f"{start} has other weights now than when the run in {output} began from it: give another output folder, "
             f"or --{stage}_resume false to start anew"
         )
-    if before["data"][0] == data and before["data"][1] != now["data"][1] and is_main_process():
-        print(f"WARNING: {data} has changed since the run in {output} began")
+    if is_main_process():  # the whole file is read
+        (data, known), now = before["data"], settings.data.train_data
+        if data == now and known != checksum(now):
+            print(f"WARNING: {data} has changed since the run in {output} began")
 
 
 def _check_precision(config: StageConfig) -> None:
