@@ -13,7 +13,6 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ class Update:
             return self.rollouts
 
         engine.generate = once
-        trainers.load_image = cache(trainers.load_image)
 
     def __call__(self) -> None:
         self.trainer.model.zero_grad()
